@@ -1,0 +1,5 @@
+"""`python -m tptrain` is the command `tptrain`."""
+
+from tptrain.cli import main
+
+main()

@@ -1,0 +1,413 @@
+"""The schema of every config group, and the checks between groups.
+
+Values live in `conf/`; this file says which keys exist, what type each has, and which combinations make
+sense. `resolve` turns what was asked into what will run, or raises one `ConfigError`, whose text is one
+line: the key, its value, the rule, and what would do. Nothing here imports torch, so that a refusal is quick.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """The config asks for something that cannot run. The message is one line and ends with a remedy."""
+
+
+@dataclass
+class ModelConfig:
+    """A GPT. Sizes are those of the whole model; a rank holds its share of them."""
+
+    name: str
+    """Label of the size, used in run names."""
+    vocab_size: int
+    """Rows of the embedding. At least the tokenizer's vocabulary; tp need not divide it."""
+    hidden_size: int
+    """Width of the residual stream."""
+    num_layers: int
+    """Transformer blocks."""
+    num_heads: int
+    """Attention heads; tp divides them."""
+    num_kv_heads: int | None
+    """Key/value heads; null means num_heads."""
+    ffn_hidden_size: int
+    """Inner width of the MLP; tp divides it."""
+    max_seq_len: int
+    """Longest sequence that the model can see."""
+    position: str
+    """learned"""
+    norm: str
+    """layernorm"""
+    activation: str
+    """gelu (the tanh form, as in GPT-2)"""
+    bias: bool
+    """Whether linear layers have biases."""
+    tie_embeddings: bool
+    """Whether the head reuses the embedding's weight."""
+    dropout: float
+    """Dropout probability."""
+    norm_eps: float = 1e-5
+    """Epsilon inside the norms."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; residual projections divide it by sqrt(2 * num_layers)."""
+
+
+@dataclass
+class ParallelConfig:
+    """The layout tp x pp x dp and how micro-batches flow through it."""
+
+    tp: int
+    """Tensor-parallel size: ranks that share each layer."""
+    pp: int
+    """Pipeline-parallel size: ranks that share the stack of layers."""
+    dp: int | str
+    """Data-parallel size, or auto: processes / (tp * pp)."""
+    sequence_parallel: bool
+    """Split norms and residuals over tp along the sequence."""
+    micro_batch_size: int
+    """Sequences in one forward."""
+    micro_batches: int
+    """Micro-batches a step on each data-parallel rank."""
+    schedule: str
+    """Pipeline schedule: gpipe or 1f1b."""
+    stages_per_rank: int
+    """Virtual stages a pipeline rank holds."""
+    recompute: str
+    """Activations recomputed in backward: none."""
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    max_steps: int
+    """Optimizer steps of the run."""
+    precision: str
+    """fp32, or bf16: bf16 compute with fp32 weights, gradient sums and optimizer state."""
+    global_batch_size: int | None
+    """Sequences a step over all ranks; null means micro_batch_size * micro_batches * dp. If set, micro_batches follows."""
+    log_every: int
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int
+    """Steps between evaluations; 0 means only at the end."""
+    eval_steps: int
+    """Global batches an evaluation reads; 0 means no evaluation."""
+    compile: bool
+    """Compile the stages with torch.compile."""
+    init_from: str | None
+    """Folder with weights to start from."""
+    sample_tokens: int
+    """Tokens that the trained model writes at the end of the run; 0 means none."""
+
+
+@dataclass
+class TokenizerConfig:
+    """How text becomes token ids."""
+
+    name: str
+    """byte: one id a UTF-8 byte, and one that ends a document."""
+
+
+@dataclass
+class DataConfig:
+    """What the model reads."""
+
+    source: str
+    """python_docs, text or memorize."""
+    seq_len: int
+    """Tokens in one training sequence."""
+    path: str | None = None
+    """For source=text: a file, a folder or a glob of UTF-8 text files, one document each."""
+    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(name="byte"))
+    val_fraction: float = 0.05
+    """Share of the documents that is held out for evaluation."""
+    store_dir: str = "outputs/token_stores"
+    """Where tokenised data is kept between runs."""
+    num_sequences: int = 100
+    """For source=memorize: how many random sequences."""
+    vocab_size: int = 1024
+    """For source=memorize: the ids they are drawn from."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW or SGD over the fp32 weights."""
+
+    name: str
+    """adamw or sgd."""
+    lr: float
+    """Peak learning rate."""
+    betas: list[float]
+    """AdamW's decay rates of the first and second moment."""
+    eps: float
+    """AdamW's epsilon."""
+    weight_decay: float
+    """Decoupled weight decay; norms and biases have none."""
+    grad_clip: float | None
+    """Largest global gradient norm; null means no clipping."""
+    momentum: float = 0.0
+    """SGD's momentum."""
+
+
+@dataclass
+class LrScheduleConfig:
+    """The learning rate as a function of the step."""
+
+    name: str
+    """cosine or constant."""
+    warmup_steps: int
+    """Steps of linear warmup."""
+    min_lr_ratio: float
+    """Final learning rate over peak learning rate (cosine)."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is saved, and where a run starts."""
+
+    every: int
+    """Steps between checkpoints; 0 means only at the end."""
+    keep: int
+    """Newest checkpoints that stay."""
+    async_save: bool
+    """Write in the background."""
+    resume: str
+    """auto: continue from the run folder's newest complete checkpoint; never; or a checkpoint's path."""
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: str
+    """offline, online or disabled."""
+    project: str
+    """Project of the run."""
+    name: str | None
+    """Name of the run; null means one made from the model and the layout."""
+    group: str | None
+    """Group of the run."""
+    tags: list[str]
+    """Tags of the run."""
+
+
+@dataclass
+class HardwareConfig:
+    """What the ranks run on."""
+
+    device: str
+    """auto (cuda where there is one, else cpu), cpu or cuda."""
+    peak_flops_per_second: float | None
+    """The device's dense bf16 peak, for MFU; null means unknown, and so is MFU."""
+
+
+@dataclass
+class LaunchConfig:
+    """How ranks are started."""
+
+    threads_per_rank: int | str
+    """CPU threads a rank computes with, or auto: the cores shared evenly by the ranks of the machine."""
+    timeout_seconds: float
+    """Longest wait for another rank before the job ends with an error."""
+
+
+@dataclass
+class Config:
+    """Everything one run is made of."""
+
+    seed: int
+    model: ModelConfig
+    parallel: ParallelConfig
+    train: TrainConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    lr_schedule: LrScheduleConfig
+    checkpoint: CheckpointConfig
+    wandb: WandbConfig
+    hardware: HardwareConfig
+    launch: LaunchConfig
+
+    @property
+    def processes(self) -> int:
+        """Ranks of the resolved layout."""
+        return self.parallel.tp * self.parallel.pp * int(self.parallel.dp)
+
+
+# ---- resolving -------------------------------------------------------------------------------------------
+
+
+def resolve(config: Config, started: int | None = None, devices: int | None = None) -> Config:
+    """Check `config` and fill in what follows from it: dp, micro_batches, global_batch_size.
+
+    started: processes that a launcher already started, or None where this command starts them.
+    devices: accelerators on this machine, or None on CPU, where any number of processes will do.
+    Raises ConfigError at the first thing that cannot run.
+    """
+    config = copy.deepcopy(config)
+    _check_values(config)
+    _resolve_layout(config.parallel, started, devices)
+    _check_model(config)
+    _resolve_batch(config)
+    return config
+
+
+def refuse(key: str, value: object, rule: str, remedy: str) -> ConfigError:
+    """The one form of a refusal: `key=value rule: remedy`."""
+    return ConfigError(f"{key}={_text(value)} {rule}: {remedy}")
+
+
+def _text(value: object) -> str:
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, (int, float, list)) or isinstance(value, bool) else str(value)
+
+
+def _resolve_layout(parallel: ParallelConfig, started: int | None, devices: int | None) -> None:
+    """Turn dp=auto into a number and compare tp x pp x dp with the processes at hand."""
+    inner = parallel.tp * parallel.pp
+    limit = started if started is not None else devices
+    if parallel.dp == "auto":
+        parallel.dp = 1 if limit is None else max(1, limit // inner)
+    wanted = inner * int(parallel.dp)
+    sum_text = f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp} = {wanted} process{'es' * (wanted > 1)}"
+    if started is not None and wanted != started:
+        remedy = f"use parallel.dp={started // inner}" if started % inner == 0 else f"start {wanted} processes"
+        raise refuse("parallel.dp", parallel.dp, f"gives {sum_text}, but {started} were started", remedy)
+    if started is None and devices is not None and wanted > devices:
+        raise refuse(
+            "parallel.dp", parallel.dp, f"gives {sum_text}, but this machine has {devices} GPU{'s' * (devices > 1)}",
+            f"use parallel.dp={max(1, devices // inner)}" if inner <= devices else "use a smaller tp or pp, or hardware.device=cpu",
+        )  # fmt: skip
+
+
+def _check_model(config: Config) -> None:
+    """Whether the layout can split the model, and the model can read the data."""
+    model, parallel = config.model, config.parallel
+    if model.hidden_size % model.num_heads:
+        raise refuse("model.num_heads", model.num_heads, f"does not divide model.hidden_size={model.hidden_size}",
+                     f"use {_near(_divisors(model.hidden_size), model.num_heads)}")  # fmt: skip
+    for key, size in (("num_heads", model.num_heads), ("ffn_hidden_size", model.ffn_hidden_size)):
+        if size % parallel.tp:
+            good = _divisors(math.gcd(model.num_heads, model.ffn_hidden_size))
+            raise refuse("parallel.tp", parallel.tp, f"does not divide model.{key}={size}", f"use {_near(good, parallel.tp)}")
+    if parallel.tp > model.vocab_size:
+        raise refuse("parallel.tp", parallel.tp, f"is more than model.vocab_size={model.vocab_size}", f"use at most {model.vocab_size}")
+    if parallel.pp > model.num_layers:
+        raise refuse("parallel.pp", parallel.pp, f"needs a layer a stage, but model.num_layers={model.num_layers}",
+                     f"use parallel.pp={model.num_layers} or less, or model.num_layers={parallel.pp} or more")  # fmt: skip
+    if config.data.seq_len > model.max_seq_len:
+        raise refuse("data.seq_len", config.data.seq_len, f"is over model.max_seq_len={model.max_seq_len}",
+                     f"use data.seq_len={model.max_seq_len} or less, or a larger model.max_seq_len")  # fmt: skip
+
+
+def _resolve_batch(config: Config) -> None:
+    """One of micro_batches and global_batch_size follows from the other."""
+    parallel, train = config.parallel, config.train
+    row = parallel.micro_batch_size * int(parallel.dp)
+    if train.global_batch_size is None:
+        train.global_batch_size = row * parallel.micro_batches
+    elif train.global_batch_size % row:
+        low = train.global_batch_size // row * row
+        raise refuse(
+            "train.global_batch_size", train.global_batch_size,
+            f"is no multiple of micro_batch_size {parallel.micro_batch_size} x dp {parallel.dp} = {row}",
+            f"use {low} or {low + row}" if low else f"use {row}",
+        )  # fmt: skip
+    parallel.micro_batches = train.global_batch_size // row
+
+
+# ---- single values ---------------------------------------------------------------------------------------
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "model.position": ("learned",),
+    "model.norm": ("layernorm",),
+    "model.activation": ("gelu",),
+    "model.dropout": (0.0,),
+    "parallel.sequence_parallel": (False,),
+    "parallel.schedule": ("gpipe", "1f1b"),
+    "parallel.stages_per_rank": (1,),
+    "parallel.recompute": ("none",),
+    "train.precision": ("fp32", "bf16"),
+    "train.compile": (False,),
+    "train.init_from": (None,),
+    "data.source": ("python_docs", "text", "memorize"),
+    "data.tokenizer.name": ("byte",),
+    "optimizer.name": ("adamw", "sgd"),
+    "lr_schedule.name": ("cosine", "constant"),
+    "checkpoint.async_save": (False,),
+    "wandb.mode": ("offline", "online", "disabled"),
+    "hardware.device": ("auto", "cpu", "cuda"),
+}
+
+_AT_LEAST: dict[str, float] = {
+    "seed": 0,
+    "model.vocab_size": 2, "model.hidden_size": 1, "model.num_layers": 1, "model.num_heads": 1,
+    "model.ffn_hidden_size": 1, "model.max_seq_len": 1, "model.init_std": 0,
+    "parallel.tp": 1, "parallel.pp": 1, "parallel.micro_batch_size": 1, "parallel.micro_batches": 1,
+    "train.max_steps": 0, "train.global_batch_size": 1, "train.log_every": 1, "train.eval_every": 0,
+    "train.eval_steps": 0, "train.sample_tokens": 0,
+    "data.seq_len": 1, "data.num_sequences": 1, "data.vocab_size": 2, "data.val_fraction": 0,
+    "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.momentum": 0,
+    "lr_schedule.warmup_steps": 0, "lr_schedule.min_lr_ratio": 0,
+    "checkpoint.every": 0, "checkpoint.keep": 1,
+}  # fmt: skip
+
+_ABOVE_ZERO = ("model.norm_eps", "optimizer.eps", "optimizer.grad_clip", "hardware.peak_flops_per_second", "launch.timeout_seconds")
+_AT_MOST_ONE = ("lr_schedule.min_lr_ratio",)
+_BELOW_ONE = ("data.val_fraction", "optimizer.momentum")
+_INT_OR_AUTO = ("parallel.dp", "launch.threads_per_rank")
+
+
+def _check_values(config: Config) -> None:
+    """Each key by itself."""
+    for key, choices in _CHOICES.items():
+        value = _get(config, key)
+        if value not in choices:
+            options = ", ".join(_text(choice) for choice in choices)
+            raise refuse(key, value, "is not available", f"use {options}") if len(choices) == 1 else refuse(key, value, "is unknown", f"use one of {options}")
+    for key, least in _AT_LEAST.items():
+        value = _get(config, key)
+        if value is not None and not value >= least:
+            raise refuse(key, value, f"is below {least}", f"use {least} or more")
+    for key in _ABOVE_ZERO:
+        value = _get(config, key)
+        if value is not None and not value > 0:
+            raise refuse(key, value, "is not above 0", "use a positive number, or null where there is none")
+    for key in _AT_MOST_ONE:
+        if _get(config, key) > 1:
+            raise refuse(key, _get(config, key), "is above 1", "use a value from 0 to 1")
+    for key in _BELOW_ONE:
+        if _get(config, key) >= 1:
+            raise refuse(key, _get(config, key), "is not below 1", "use a value from 0 up to, not including, 1")
+    for key in _INT_OR_AUTO:
+        value = _get(config, key)
+        if value != "auto" and not (isinstance(value, int) and value >= 1):
+            raise refuse(key, value, "is neither auto nor a positive integer", "use auto, 1, 2, ...")
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise refuse("optimizer.betas", betas, "is not two numbers from 0 up to 1", "use [0.9,0.95]")
+    if config.model.num_kv_heads not in (None, config.model.num_heads):
+        raise refuse("model.num_kv_heads", config.model.num_kv_heads, "is not available", f"use null or {config.model.num_heads}")
+    for key in ("optimizer.lr", "optimizer.weight_decay", "data.val_fraction"):
+        if not math.isfinite(_get(config, key)):
+            raise refuse(key, _get(config, key), "is not finite", "use a number")
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _near(values: Iterable[int], wanted: int, count: int = 6) -> str:
+    """The values nearest to the wanted one, in order: `1, 2, 4 or 8`."""
+    nearest = sorted(sorted(values, key=lambda value: abs(value - wanted))[:count])
+    head, last = nearest[:-1], str(nearest[-1])
+    return f"{', '.join(map(str, head))} or {last}" if head else last
