@@ -261,7 +261,10 @@ def refuse(key: str, value: object, rule: str, remedy: str) -> ConfigError:
 
 
 def _text(value: object) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, (int, float, list)) or isinstance(value, bool) else str(value)
+    """A value as one would write it on the command line."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return str(value)
 
 
 def _resolve_layout(parallel: ParallelConfig, started: int | None, devices: int | None) -> None:
@@ -366,7 +369,11 @@ def _check_values(config: Config) -> None:
         value = _get(config, key)
         if value not in choices:
             options = ", ".join(_text(choice) for choice in choices)
-            raise refuse(key, value, "is not available", f"use {options}") if len(choices) == 1 else refuse(key, value, "is unknown", f"use one of {options}")
+            raise (
+                refuse(key, value, "is not available", f"use {options}")
+                if len(choices) == 1
+                else refuse(key, value, "is unknown", f"use one of {options}")
+            )
     for key, least in _AT_LEAST.items():
         value = _get(config, key)
         if value is not None and not value >= least:

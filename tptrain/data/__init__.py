@@ -1,0 +1,18 @@
+"""From text to the rows of a batch, in the order in which data flows:
+
+    sources      the documents of python_docs, a file, a folder or a glob; or random ids (memorize)
+    tokenizers   text -> ids
+    splits       which documents are held out for evaluation
+    store        the ids on disk, memory-mapped: one folder that is whole or absent
+    build        `prepare`: refuse, find or build the store; once, before ranks start
+    sampler      `Sampler`: which window of the store is sample number g of the run
+
+Nothing here imports torch: a bad `data.path` is refused before anything slow begins.
+"""
+
+from tptrain.data.build import prepare
+from tptrain.data.sampler import Sampler, permute
+from tptrain.data.store import Split, StoreError, TokenStore
+from tptrain.data.tokenizers import ByteTokenizer, load_tokenizer
+
+__all__ = ["ByteTokenizer", "Sampler", "Split", "StoreError", "TokenStore", "load_tokenizer", "permute", "prepare"]

@@ -1,0 +1,1 @@
+"""A stage of a GPT, built from tensor-parallel layers."""

@@ -1,0 +1,71 @@
+"""Saving and loading a training state with `torch.distributed.checkpoint`.
+
+Every tensor has one key, its parameter's name in the whole model: `model.layers.17.mlp.up.weight` and
+`optimizer.layers.17.mlp.up.weight.exp_avg`. The tensors are DTensors, so the files describe logical tensors and any
+layout loads what any other saved. Everything else is a few numbers in `state.json`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from tptrain.checkpoint.folder import checkpoint_folder, partial_folder, publish, read_state, rotate
+
+
+def save(run_dir: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, skip: set[str], state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint of step state["step"]. All ranks call this; returns the complete folder's path.
+
+    skip: parameters here that another stage saves (a tied embedding's second copy).
+    state: what else a resume needs, as JSON. keep: complete checkpoints that stay.
+    """
+    final = checkpoint_folder(run_dir, state["step"])
+    partial = partial_folder(final)
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    # The others write only after rank 0, which plans for all, has entered the save.
+    dcp.save(training_tensors(stage, optimizer, skip), storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
+    if first:
+        publish(partial, state)
+        rotate(run_dir, keep)
+    dist.barrier()
+    return final
+
+
+def load(folder: Path, stage: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Fill a stage and its optimizer from a checkpoint of any layout. All ranks call this. Returns the saved state."""
+    materialise_state(optimizer)
+    dcp.load(training_tensors(stage, optimizer, set()), storage_reader=dcp.FileSystemReader(folder))
+    return read_state(folder)
+
+
+def training_tensors(stage: nn.Module, optimizer: torch.optim.Optimizer, skip: set[str]) -> dict[str, Tensor]:
+    """This rank's parameters and optimizer state by their keys in a checkpoint. The tensors are the live ones."""
+    named = [(name, parameter) for name, parameter in stage.named_parameters() if name not in skip]
+    tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in named}
+    for name, parameter in named:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def materialise_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let a new optimizer allocate its state, by a step with zero gradients and learning rate zero."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -1,0 +1,259 @@
+"""The command: `tptrain [verb] [Hydra overrides]`, where no verb means `train`.
+
+Hydra runs once, here, and a verb gets the composed config and the run folder. What cannot run is refused with one
+line on stderr and exit code 2, before torch is imported. Exit codes: 0 done, 1 failed or stopped, 2 refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tptrain.config import Config, ConfigError, refuse
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from tptrain.job import Place
+
+_PACKAGE = Path(__file__).resolve().parent
+CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
+"""The config groups: beside this file in a wheel, beside the package in a checkout."""
+
+Verb = Callable[["DictConfig", Path], "float | None"]
+"""From the composed config and the run folder to the value that a sweep compares, if there is one."""
+
+
+def train(cfg: DictConfig, run_dir: Path) -> float | None:
+    """Train a model; in the same run folder again: resume. The value is the final validation loss."""
+    from tptrain import launch
+
+    return launch.start(typed(cfg), run_dir, launch.given_place())
+
+
+VERBS: dict[str, Verb] = {"train": train}
+
+
+def main() -> NoReturn:
+    """Run the command line, and leave with its exit code."""
+    code = 1
+    try:
+        code = _run(sys.argv[1:])
+    except ConfigError as error:
+        _say(error)
+        code = 2
+    except KeyboardInterrupt as stop:
+        _say(f"{stop or 'stopped by SIGINT'}")
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 1 if leaving.code else 0
+    if "torch" in sys.modules:
+        from tptrain import ranks
+
+        ranks.leave(code)
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    """Hand the arguments after the verb to Hydra, and turn what it raises into an exit code."""
+    verb = _take_verb(arguments)
+    from tptrain import launch  # neither this nor Hydra imports torch
+    from tptrain.refusal import REFUSALS, explain
+
+    place = launch.given_place()
+    flags, overrides = _split(arguments)
+    if place is not None:
+        _check_single_run(flags, overrides, place)
+        if place.rank > 0:
+            overrides = _without_folder(overrides)
+    sys.argv[1:] = [*flags, *overrides]
+    try:
+        _hydra_main(verb)()
+    except launch.JobFailed:
+        return 1  # a job of a sweep, which has said so
+    except ConfigError as error:
+        if getattr(error, "said_by", None) != os.getpid():
+            _say(error)
+        return 2
+    except REFUSALS as error:
+        raise explain(error, overrides) from error
+    except OSError as error:
+        raise _unmakeable(error, overrides, "-m" in flags or "--multirun" in flags) from error
+    return 0
+
+
+def typed(cfg: DictConfig) -> Config:
+    """The composed config as an object of the schema. Raises ConfigError for a key or a value that the schema has not."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from tptrain.refusal import explain
+
+    _check_keys(OmegaConf.to_container(cfg), Config)
+    try:
+        config = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise explain(error, _hydra_overrides()) from error
+    assert isinstance(config, Config)
+    return config
+
+
+# ---- arguments -------------------------------------------------------------------------------------------
+
+
+def _take_verb(arguments: list[str]) -> Verb:
+    """Remove the verb from the arguments. A first word that is neither an override nor a flag must be one."""
+    first = arguments[0] if arguments else ""
+    if not first or first[0] in "-~+" or "=" in first:
+        return train
+    if first not in VERBS:
+        near = difflib.get_close_matches(first, VERBS, n=1)
+        raise ConfigError(f"{first} is an unknown verb: use {near[0] if near else ' or '.join(VERBS)}")
+    return VERBS[arguments.pop(0)]
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags with their values, and the overrides, in whichever order they stood. Raises ConfigError."""
+    from hydra._internal.utils import get_args_parser
+
+    def error(message: str) -> NoReturn:
+        raise ConfigError(f"{message}: see tptrain --hydra-help")
+
+    parser = get_args_parser()
+    parser.error = error  # type: ignore[method-assign]
+    known, rest = parser.parse_known_args(arguments)
+    unknown = [argument for argument in rest if argument.startswith("-")]
+    if unknown:
+        raise ConfigError(f"{unknown[0]} is an unknown flag: see tptrain --hydra-help")
+    overrides = [*known.overrides, *rest]
+    return [argument for argument in arguments if argument not in overrides], overrides
+
+
+def _check_single_run(flags: list[str], overrides: list[str], place: Place) -> None:
+    """Refuse a sweep inside ranks that somebody else started."""
+    if {"-m", "--multirun"} & set(flags) or "hydra.mode=multirun" in [override.lower() for override in overrides]:
+        raise ConfigError(
+            f"-m starts one job after another, but this is rank {place.rank} of {place.world_size} that torchrun started for a single one: "
+            f"use tptrain -m {' '.join(overrides)}, without torchrun"
+        )
+
+
+def _without_folder(overrides: list[str]) -> list[str]:
+    """The overrides of a rank above 0, which makes no run folder: it takes rank 0's."""
+    folder = {"hydra.run.dir": ".", "hydra.output_subdir": "null", "hydra/job_logging": "none", "hydra/hydra_logging": "none"}
+    kept = [override for override in overrides if override.partition("=")[0] not in folder]
+    return [*kept, *(f"{key}={value}" for key, value in folder.items())]
+
+
+# ---- Hydra -----------------------------------------------------------------------------------------------
+
+
+def _hydra_main(verb: Verb) -> Callable[[], Any]:
+    """`hydra.main` around the verb."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+
+    from tptrain.job import schema
+
+    ConfigStore.instance().store(name="schema", node=schema())
+    # Hydra copies the store, which is one object for the whole process, 95 times to write --help: 0.5 s.
+    ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us, and prints none itself
+
+    def task(cfg: DictConfig) -> float | None:
+        return _run_verb(verb, cfg)
+
+    main_of: Callable[[], Any] = hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)
+    return main_of
+
+
+def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
+    """Run the verb as Hydra's task.
+
+    In a sweep an error goes on to Hydra, which marks the job and runs the others. A single run leaves by SystemExit,
+    which Hydra lets pass without a line of its own.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from tptrain.launch import JobFailed
+
+    settings = HydraConfig.get()
+    run_dir = Path(settings.runtime.output_dir)
+    sweeping = settings.mode == RunMode.MULTIRUN
+    job = f"job {settings.job.num} ({settings.job.override_dirname}): " if sweeping else ""
+    try:
+        return verb(cfg, run_dir)
+    except ConfigError as error:
+        _say(f"{job}{error}")
+        _discard(run_dir)
+        if sweeping:
+            error.said_by = os.getpid()  # type: ignore[attr-defined]
+            raise
+        raise SystemExit(2) from error
+    except Exception as error:
+        if not isinstance(error, JobFailed):
+            traceback.print_exception(error)
+        if sweeping:
+            raise JobFailed(f"{job}{error}") from error
+        raise SystemExit(1) from error
+
+
+def _hydra_overrides() -> list[str]:
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    # Unresolved: an override may be the text "data.path=${model.name}".
+    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return list(overrides)
+
+
+def _check_keys(values: Any, kind: Any, prefix: str = "") -> None:
+    """Refuse keys that the schema has not: `+key=value` adds one, and OmegaConf would drop it in silence."""
+    from typing import get_type_hints
+
+    from tptrain.refusal import unknown_key
+
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        if key not in hints:
+            raise unknown_key(prefix + key, value)
+        if is_dataclass(hints[key]) and isinstance(value, Mapping):
+            _check_keys(value, hints[key], f"{prefix}{key}.")
+
+
+# ---- the run folder --------------------------------------------------------------------------------------
+
+
+def _unmakeable(error: OSError, overrides: list[str], sweeping: bool) -> ConfigError:
+    """The refusal of a run folder that Hydra could not make; it makes no other files."""
+    key = "hydra.sweep.dir" if sweeping else "hydra.run.dir"
+    given = [override.partition("=")[2] for override in overrides if override.startswith(f"{key}=")]
+    remedy = f"use {key}=FOLDER with one that you may write to"
+    return refuse(key, given[-1] if given else error.filename, f"cannot be made ({error.strerror})", remedy)
+
+
+def _discard(run_dir: Path) -> None:
+    """Remove the folder of a refused run if nothing ran in it: Hydra made it before the config could be checked."""
+    here = Path.cwd()
+    with contextlib.suppress(OSError):
+        if {path.name for path in run_dir.iterdir()} == {".hydra"}:
+            shutil.rmtree(run_dir / ".hydra")
+            for folder in (run_dir, run_dir.parent):  # the parent is the day's folder
+                if folder not in (here, *here.parents):
+                    folder.rmdir()
+
+
+def _say(message: object) -> None:
+    """One line on stderr; of several ranks, rank 0's."""
+    from tptrain import launch
+
+    if launch.is_first_rank():
+        sys.stderr.write(f"tptrain: {message}\n")

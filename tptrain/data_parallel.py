@@ -1,0 +1,62 @@
+"""Data parallelism by `torch.distributed.fsdp.fully_shard`, set up for a pipeline.
+
+Each rank of a dp group keeps 1/dp of the fp32 weights, gradients and optimizer state. The weights are gathered once a
+step, stay gathered over all its micro-batches, and the gradients are summed over dp once, inside the last backward.
+The sum is no mean: the loss is already divided by the global token count.
+
+bf16 is `fully_shard`'s mixed precision: bf16 weights and activations, fp32 gradient sums.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from tptrain.mesh import Mesh
+
+
+class DataParallel:
+    """The dp side of one stage. With dp=1 and fp32 there is nothing to do, and nothing is wrapped."""
+
+    def __init__(self, stage: nn.Module, units: list[nn.Module], mesh: Mesh, dtype: torch.dtype) -> None:
+        """Wrap `stage` and, as separate all-gathers, each of `units` inside it."""
+        self.modules: list[FSDPModule] = []
+        self._syncing: bool | None = None
+        if mesh.dp_size == 1 and dtype == torch.float32:
+            return
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+
+        def dp_placement(parameter: nn.Parameter) -> Shard:
+            return Shard(dp_dimension(parameter, mesh.dp_size))
+
+        for module in [*units, stage]:
+            fully_shard(module, mesh=mesh.dp, reshard_after_forward=False, shard_placement_fn=dp_placement, mp_policy=policy)
+            wrapped = cast(FSDPModule, module)
+            wrapped.set_force_sum_reduction_for_comms(True)  # gloo can't divide while it reduces
+            wrapped.set_gradient_divide_factor(1.0)
+            self.modules.append(wrapped)
+
+    def before_backward(self, is_last: bool) -> None:
+        """Reduce gradients, and give the gathered weights back, in the step's last backward alone."""
+        if self.modules and is_last != self._syncing:
+            root = self.modules[-1]
+            root.set_requires_gradient_sync(is_last)
+            root.set_reshard_after_backward(is_last)
+            root.set_is_last_backward(is_last)
+            self._syncing = is_last
+
+    def release(self) -> None:
+        """Give the gathered weights back after forwards without a backward; the parameters are the fp32 shards again."""
+        for module in self.modules:
+            module.reshard()
+
+
+def dp_dimension(parameter: torch.Tensor, dp_size: int) -> int:
+    """The dimension that dp splits: one that tp leaves alone and dp divides, if there is one, else the first."""
+    split_by_tp = {p.dim for p in parameter.placements if isinstance(p, Shard)} if isinstance(parameter, DTensor) else set()
+    free = [dim for dim in range(parameter.ndim) if dim not in split_by_tp]
+    return next((dim for dim in free if parameter.shape[dim] % dp_size == 0), 0)

@@ -1,0 +1,158 @@
+"""Why a job failed: what each rank writes down when it falls, and how the one true cause is picked from it.
+
+When one rank fails, all others fail too, a moment later, with errors of the connection that they lost:
+
+    rank 2   RuntimeError: CUDA out of memory            <- the cause
+    rank 0   Connection closed by peer [127.0.0.1]:4711  <- a follower
+    rank 1   killed by SIGTERM                           <- stopped by the launcher
+
+So each rank leaves `logs/rank-N.error.json` before it tears anything down, and whoever started the ranks reads
+these files and the exit codes, and shows the cause alone. Followers' tracebacks stay in `logs/rank-N.log`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tptrain.config import ConfigError
+
+_LOST_PEER_TEXT = re.compile(
+    r"Connection (closed|reset|refused|aborted)|Broken pipe|Socket (Timeout|closed)|[Tt]imed? ?out|wait timeout"
+    r"|connectFullMesh|failed to recv|remote process (has )?exited|Connection was likely closed"
+)
+_LOST_PEER_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one rank ended."""
+
+    rank: int
+    time: float
+    """Seconds since the epoch."""
+    kind: str
+    """error: its own; refused: a ConfigError; lost_peer: it lost another rank; killed: by a signal; exit: left without a word."""
+    error: str
+    """One line."""
+    traceback: str = ""
+    signal: int = 0
+
+
+class JobFailed(RuntimeError):
+    """The job failed, and the terminal has been told why. The message is the cause in one line."""
+
+
+def log_path(run_dir: Path, rank: int) -> Path:
+    """The file that holds what a rank said."""
+    return run_dir / "logs" / f"rank-{rank}.log"
+
+
+def one_line(error: BaseException) -> str:
+    """`ValueError: what it says`, in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def kind_of(error: BaseException) -> str:
+    """`refused`, `lost_peer` where the error or one that it grew from is of the connection to another rank, else `error`."""
+    if isinstance(error, ConfigError):
+        return "refused"
+    link: BaseException | None = error
+    while link is not None:
+        is_runtime = isinstance(link, (RuntimeError, OSError))
+        if type(link).__name__ in _LOST_PEER_TYPES or (is_runtime and _LOST_PEER_TEXT.search(str(link))):
+            return "lost_peer"
+        link = link.__cause__ or link.__context__
+    return "error"
+
+
+def record(run_dir: Path, rank: int, error: BaseException) -> Failure:
+    """Write down that `rank` fell by `error`: the traceback into its log, all of it into `logs/rank-N.error.json`."""
+    text = "".join(traceback.format_exception(error))
+    message = str(error) if isinstance(error, ConfigError) else one_line(error)
+    failure = Failure(rank, time.time(), kind_of(error), message, text)
+    path = _record_path(run_dir, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed into place: the reader never sees half a file, even if this rank is killed meanwhile.
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(asdict(failure), indent=1))
+    draft.replace(path)
+    with log_path(run_dir, rank).open("a") as log:
+        log.write(text)
+    return failure
+
+
+def forget(run_dir: Path) -> None:
+    """Remove what an earlier start in the same run folder left."""
+    for path in (run_dir / "logs").glob("rank-*.error.json"):
+        path.unlink(missing_ok=True)
+
+
+def root_cause(run_dir: Path, exits: dict[int, tuple[int, float]]) -> Failure:
+    """The failure that the others followed from.
+
+    exits: for each rank that did not leave with 0, its exit code (negative: minus the signal) and when it was seen.
+    """
+    failures = [_read(run_dir, rank) or _from_exit(rank, code, seen) for rank, (code, seen) in exits.items()]
+    return min(failures, key=lambda failure: (_suspicion(failure), failure.time))
+
+
+def describe(failure: Failure, run_dir: Path) -> str:
+    """What the terminal says about it: the traceback where there is one, and where to read more."""
+    log = log_path(run_dir, failure.rank)
+    with contextlib.suppress(ValueError):
+        log = log.relative_to(Path.cwd())
+    if not failure.traceback:
+        return f"rank {failure.rank} {failure.error}\nits log: {log}"
+    return f"rank {failure.rank} failed:\n{failure.traceback}".rstrip() + f"\nits log: {log}"
+
+
+def say(text: str) -> None:
+    """One message on the terminal, whole."""
+    sys.stderr.write(text.rstrip("\n") + "\n")
+    sys.stderr.flush()
+
+
+def _suspicion(failure: Failure) -> int:
+    """0 for what happens to a rank by itself, more for what may be a consequence."""
+    if failure.signal == signal.SIGTERM:
+        return 3  # how a launcher stops the others
+    if failure.kind == "lost_peer":
+        return 2
+    if failure.signal == signal.SIGABRT or failure.kind == "exit":
+        return 1  # gloo aborts a process whose connection broke at a bad moment
+    return 0
+
+
+def _from_exit(rank: int, code: int, seen: float) -> Failure:
+    if code >= 0:
+        return Failure(rank, seen, "exit", f"left with exit code {code} and no word")
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    hint = " (out of memory? the kernel kills the largest process: see dmesg)" if -code == signal.SIGKILL else ""
+    return Failure(rank, seen, "killed", f"was killed by {name}{hint}", signal=-code)
+
+
+def _read(run_dir: Path, rank: int) -> Failure | None:
+    try:
+        return Failure(**json.loads(_record_path(run_dir, rank).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _record_path(run_dir: Path, rank: int) -> Path:
+    return run_dir / "logs" / f"rank-{rank}.error.json"
+
+
+def show_cursor() -> None:
+    """Give the terminal its cursor back, in case a rank died while it drew a live display."""
+    if sys.stdout.isatty():
+        os.write(sys.stdout.fileno(), b"\x1b[?25h\n")

@@ -1,0 +1,246 @@
+"""From a config to running ranks, and from their end to one word of what happened.
+
+    this process is a rank of torchrun      take part: rank 0 prepares the data, the others take the job from it
+    one process is enough                   train right here
+    else                                    torch elastic starts `python -m tptrain.launch RUN_DIR STORE_DIR PARENT`
+                                            once a rank, on this machine, over the loopback device
+
+All that can be refused is refused before any of these. This is the only file that reads environment variables.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from tptrain import failures, ranks
+from tptrain.config import Config, ConfigError, refuse, resolve
+from tptrain.failures import Failure, JobFailed
+from tptrain.job import Job, Place
+
+_SHUTDOWN_SECONDS = 10
+"""How long ranks may take to end after a signal before they are killed."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked this process to stop. The message names it."""
+
+
+def start(config: Config, run_dir: Path, place: Place | None) -> float | None:
+    """Train `config` in `run_dir`, and return the final validation loss, or None where there is none.
+
+    config: typed, not yet resolved. place: this process among torchrun's, or None where the ranks are ours to start.
+    Raises ConfigError before a rank starts, JobFailed when a failure has been shown, Stopped on a signal, and whatever
+    training in this process raises.
+    """
+    config = settle(config, place)
+    _set_environment(config, place)
+    if place is not None:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            ranks.die_with_parent()
+        return ranks.joined(config, _prepare(config, run_dir) if place.rank == 0 else None, place)
+    with _signals_stop():
+        job = _prepare(config, run_dir)
+        try:
+            return ranks.inline(job) if config.processes == 1 else _spawn(job)
+        except Stopped as stop:
+            ranks.write_status(run_dir, "stopped", str(stop))
+            raise
+        except Exception as error:
+            told = isinstance(error, (JobFailed, ConfigError))
+            ranks.write_status(run_dir, "failed", str(error) if told else failures.one_line(error))
+            raise
+
+
+def given_place() -> Place | None:
+    """This process among those that torchrun (or another launcher) started, or None where nobody did.
+
+    Raises ConfigError where the launcher's variables are incomplete.
+    """
+    if "RANK" not in os.environ:
+        return None
+    values = []
+    for name, default in (("RANK", None), ("WORLD_SIZE", None), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+        text = os.environ.get(name, default)
+        if text is None or not text.isdecimal():
+            rank = os.environ["RANK"]
+            raise ConfigError(f"RANK={rank} is set, but {name}={text or ''} is no number: start with torchrun, or unset RANK")
+        values.append(int(text))
+    return Place(*values)
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for the job: it is rank 0, or no rank of anybody's."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def settle(config: Config, place: Place | None) -> Config:
+    """The resolved config, with the device chosen. Raises ConfigError.
+
+    Checked without counting GPUs first: that imports torch, and most refusals do not depend on it.
+    """
+    started = place.world_size if place else None
+    resolved = resolve(config, started)
+    if config.hardware.device == "cpu":
+        return resolved
+    gpus = count_gpus()
+    if gpus == 0 and config.hardware.device == "cuda":
+        raise refuse("hardware.device", "cuda", "needs a GPU, and this machine shows none", "use hardware.device=cpu or auto")
+    if place and 0 < gpus < place.local_world_size:
+        rule = f"gives each rank a GPU, but this machine has {gpus} for {place.local_world_size} ranks"
+        raise refuse("hardware.device", config.hardware.device, rule, f"start {gpus} a machine, or use hardware.device=cpu")
+    if gpus:
+        resolved = resolve(config, started, gpus)
+    resolved.hardware.device = "cuda" if gpus else "cpu"
+    return resolved
+
+
+def count_gpus() -> int:
+    """GPUs that torch can use. Where the driver has no device file there are none, and torch is not imported."""
+    if not any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/nvidia0")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+# ---- before the ranks ------------------------------------------------------------------------------------
+
+
+def _prepare(config: Config, run_dir: Path) -> Job:
+    """Tokenise once, write `config.yaml`, and make the log folder. Raises ConfigError."""
+    from tptrain.data import prepare
+
+    job = Job(config, run_dir.absolute(), prepare(config, print))
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        failures.forget(run_dir)
+        ranks.result_path(run_dir).unlink(missing_ok=True)
+        job.save()
+    except OSError as error:
+        raise refuse(
+            "hydra.run.dir", run_dir, f"cannot be written ({error.strerror})", "use hydra.run.dir=FOLDER with one that you can"
+        ) from error
+    return job
+
+
+def _set_environment(config: Config, place: Place | None) -> None:
+    """Set what torch's libraries read when they load, here and in the ranks that inherit it."""
+    on_this_machine = place.local_world_size if place else config.processes
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(ranks.threads(config, on_this_machine))
+    if place is None or place.local_world_size == place.world_size:
+        # Else gloo looks this host's name up, which waits 10-20 s for a name server that does not answer.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+
+
+@contextlib.contextmanager
+def _signals_stop() -> Iterator[None]:
+    """In the block the first SIGINT, SIGTERM or SIGHUP raises Stopped, the second ends the process at once.
+
+    Ranks that are still there then die with it (`ranks.die_with_parent`).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen = 0
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > 1:
+            failures.show_cursor()
+            os._exit(1)
+        raise Stopped(f"stopped by {signal.Signals(number).name}")
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- ranks of our own ------------------------------------------------------------------------------------
+
+
+def _spawn(job: Job) -> float | None:
+    """Start the ranks and wait for them. Raises JobFailed after showing the cause, ConfigError if the ranks refused."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=job.config.processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        rdzv_configs={"is_host": True},
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+        shutdown_timeout=_SHUTDOWN_SECONDS,
+        signals_to_handle="SIGQUIT",  # the others are ours: see _signals_stop
+    )
+    command = ("-u", "-m", "tptrain.launch", str(job.run_dir), str(job.store_dir), str(os.getpid()))
+    try:
+        with _quiet_elastic():
+            elastic_launch(settings, sys.executable)(*command)
+    except ChildFailedError as error:
+        exits = {rank: (failure.exitcode, float(failure.timestamp)) for rank, failure in error.failures.items()}
+        raise _tell(job.run_dir, failures.root_cause(job.run_dir, exits)) from None
+    finally:
+        failures.show_cursor()
+    value: float | None = json.loads(ranks.result_path(job.run_dir).read_text())
+    return value
+
+
+def _tell(run_dir: Path, cause: Failure) -> Exception:
+    """Show the root cause; the exception to raise for it."""
+    if cause.kind == "refused":
+        return ConfigError(cause.error)
+    failures.say(failures.describe(cause, run_dir))
+    return JobFailed(f"rank {cause.rank} {cause.error}" if cause.kind in ("killed", "exit") else f"rank {cause.rank}: {cause.error}")
+
+
+@contextlib.contextmanager
+def _quiet_elastic() -> Iterator[None]:
+    """Keep torch elastic from logging to the terminal, and from asking a name server who we are for its event log."""
+    logger = logging.getLogger("torch.distributed.elastic")
+    silence, propagate, full_name = logging.NullHandler(), logger.propagate, socket.getfqdn
+    logger.addHandler(silence)
+    logger.propagate = False
+    socket.getfqdn = lambda name="": name or socket.gethostname()
+    try:
+        yield
+    finally:
+        socket.getfqdn = full_name
+        logger.propagate = propagate
+        logger.removeHandler(silence)
+
+
+def _rank_main(run_dir: str, store_dir: str, parent: str) -> None:
+    """Entry of a rank that `_spawn` started."""
+    ranks.die_with_parent(int(parent))
+    place = given_place()
+    assert place is not None
+    ranks.spawned(Path(run_dir), Path(store_dir), place)
+
+
+if __name__ == "__main__":
+    _rank_main(*sys.argv[1:])

@@ -1,0 +1,114 @@
+"""The ranks as a grid, and the process groups along its axes.
+
+tp is innermost: its ranks talk most and sit closest together. With pp=2, dp=2, tp=2:
+
+            tp0 tp1    tp0 tp1
+    pp0   [  0   1 ] [  2   3 ]      rank = (pp * dp_size + dp) * tp_size + tp
+    pp1   [  4   5 ] [  6   7 ]
+             dp0        dp1
+
+Nothing here is global: whoever needs a group is handed the `Mesh`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from tptrain.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the grid and its groups. `tp` and `dp` are one-dimensional device meshes."""
+
+    device: torch.device
+    world: dist.ProcessGroup
+    tp: DeviceMesh
+    dp: DeviceMesh
+    dp_tp: DeviceMesh
+    pp_forward: dist.ProcessGroup
+    """Activations travel here, from each stage to the next."""
+    pp_backward: dist.ProcessGroup
+    """Gradients travel here. Two groups, so that on NCCL neither direction queues behind the other."""
+    pp_ranks: tuple[int, ...]
+    """Global ranks of this rank's pipeline, by stage."""
+    ranks: list[list[list[int]]]
+    """The whole grid: global ranks by [pp][dp][tp]."""
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        """The ranks that share this rank's layers."""
+        return self.tp.get_group()
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same slice of the model and read other samples."""
+        return self.dp.get_group()
+
+    @property
+    def tp_rank(self) -> int:
+        """Place in the tp group."""
+        return self.tp.get_local_rank()
+
+    @property
+    def dp_rank(self) -> int:
+        """Place in the dp group."""
+        return self.dp.get_local_rank()
+
+    @property
+    def pp_rank(self) -> int:
+        """Place in the pipeline."""
+        return self.pp_ranks.index(dist.get_rank())
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks that share each layer."""
+        return self.tp.size()
+
+    @property
+    def dp_size(self) -> int:
+        """Copies of the model."""
+        return self.dp.size()
+
+    @property
+    def pp_size(self) -> int:
+        """Ranks that share the stack of layers."""
+        return len(self.pp_ranks)
+
+
+def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: float) -> Mesh:
+    """Make the groups of a resolved layout. Every rank of the job calls this, in the same order.
+
+    The groups are made here rather than by `init_device_mesh`, which leaves each with the backend's default
+    time limit of up to half an hour.
+    """
+    grid = torch.arange(parallel.pp * int(parallel.dp) * parallel.tp).view(parallel.pp, int(parallel.dp), parallel.tp)
+    pp, dp, tp = (int(axis) for axis in torch.nonzero(grid == dist.get_rank())[0])
+    timeout = timedelta(seconds=timeout_seconds)
+
+    def group(lines: torch.Tensor, name: str) -> dist.ProcessGroup:
+        mine, _ = dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout, group_desc=name)
+        return mine
+
+    tp_group = group(grid.reshape(-1, parallel.tp), "tp")
+    dp_group = group(grid.transpose(1, 2).reshape(-1, int(parallel.dp)), "dp")
+    pipelines = grid.permute(1, 2, 0).reshape(-1, parallel.pp)
+    dp_tp = DeviceMesh.from_group([dp_group, tp_group], device.type, mesh=grid[pp], mesh_dim_names=("dp", "tp"))
+    world = dist.group.WORLD
+    assert world is not None, "the process group must exist before the mesh"
+    return Mesh(
+        device=device,
+        world=world,
+        tp=dp_tp["tp"],
+        dp=dp_tp["dp"],
+        dp_tp=dp_tp,
+        pp_forward=group(pipelines, "pp forward"),
+        pp_backward=group(pipelines, "pp backward"),
+        pp_ranks=tuple(grid[:, dp, tp].tolist()),
+        ranks=grid.tolist(),
+    )

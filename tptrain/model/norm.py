@@ -1,0 +1,25 @@
+"""LayerNorm with replicated, labelled parameters."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from tptrain.config import ModelConfig
+from tptrain.tensor_parallel.parameter import labelled_parameter, local
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension. [..., h] -> [..., h]."""
+
+    def __init__(self, model: ModelConfig, tp: DeviceMesh, device: torch.device) -> None:
+        super().__init__()
+        self.eps = model.norm_eps
+        self.weight = labelled_parameter((model.hidden_size,), None, tp, device)
+        self.bias = labelled_parameter((model.hidden_size,), None, tp, device) if model.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., h] -> the same."""
+        return F.layer_norm(x, x.shape[-1:], local(self.weight), None if self.bias is None else local(self.bias), self.eps)

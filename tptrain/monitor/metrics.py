@@ -1,0 +1,144 @@
+"""`metrics.jsonl`: one JSON object a logged step, the truth about a run's numbers.
+
+    {"step": 10, "tokens": 81920, "loss": 4.1, ..., "mfu": null, "peak_memory_bytes": 412000256}
+    {"step": 200, "val_loss": 2.3, "val_perplexity": 9.97}
+
+A number that is not known, or not finite, is null. A run resumed from step s logs the steps after s again, so
+the file is first cut back to s.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tptrain.files import write_atomically
+
+Record = dict[str, Any]
+"""One line of `metrics.jsonl`."""
+
+
+class MetricsFile:
+    """Appends records to `run_dir/metrics.jsonl`, of which it first cuts away every record after `resume_step`."""
+
+    def __init__(self, run_dir: Path, resume_step: int) -> None:
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_back(self.path, resume_step)
+        self._file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (open as long as the run)
+
+    def write(self, record: Record) -> None:
+        """Append one record, and flush it."""
+        line = json.dumps({key: plain(value) for key, value in record.items()}, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        self._file.close()
+
+
+def read_metrics(run_dir: Path) -> list[Record]:
+    """All records in the order in which they were written; none where there is no file. Skips a torn last line."""
+    try:
+        lines = (Path(run_dir) / "metrics.jsonl").read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [record for record in map(_parse, lines) if record is not None]
+
+
+def train_record(
+    *,
+    step: int,
+    tokens: int,
+    loss: float | None,
+    grad_norm: float | None,
+    lr: float | None,
+    step_time: float | None,
+    tokens_per_step: int,
+    model_flops_per_token: float | None,
+    peak_flops_per_second: float | None,
+    processes: int,
+    peak_memory_bytes: int | None,
+) -> Record:
+    """The record of a logged training step.
+
+    tokens: read since the first step of training. step_time: seconds per step, mean over the steps since the last
+    record. tokens_per_step: of the global batch, so that tokens_per_second counts the whole job.
+    peak_flops_per_second: of one device. peak_memory_bytes: the largest over ranks.
+    """
+    tokens_per_second = tokens_per_step / step_time if step_time else None
+    return {
+        "step": step,
+        "tokens": tokens,
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "step_time": step_time,
+        "tokens_per_second": tokens_per_second,
+        "mfu": mfu(model_flops_per_token, tokens_per_second, peak_flops_per_second, processes),
+        "peak_memory_bytes": peak_memory_bytes,
+    }
+
+
+def eval_record(*, step: int, val_loss: float | None) -> Record:
+    """The record of an evaluation. val_loss: mean nats a token; the perplexity is its exponential."""
+    try:
+        perplexity = None if val_loss is None else math.exp(val_loss)
+    except OverflowError:
+        perplexity = None
+    return {"step": step, "val_loss": val_loss, "val_perplexity": perplexity}
+
+
+def mfu(
+    model_flops_per_token: float | None, tokens_per_second: float | None, peak_flops_per_second: float | None, processes: int
+) -> float | None:
+    """Model FLOPs utilisation (PaLM, appendix B): the FLOPs that the model needs over those the devices could do.
+
+    None where one of the numbers is unknown.
+
+    >>> mfu(6e9, 50_000, 1e15, 2)
+    0.15
+    """
+    if model_flops_per_token is None or tokens_per_second is None or not peak_flops_per_second:
+        return None
+    return model_flops_per_token * tokens_per_second / (peak_flops_per_second * processes)
+
+
+def _cut_back(path: Path, last_step: int) -> None:
+    """Leave the readable records up to `last_step`, byte for byte."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return
+    kept = b"".join(line + b"\n" for line in data.split(b"\n") if _stays(line, last_step))
+    if kept != data:
+        write_atomically(path, kept)
+
+
+def _stays(line: bytes, last_step: int) -> bool:
+    record = _parse(line)
+    if record is None:
+        return False
+    step = record.get("step")
+    return not (isinstance(step, int | float) and step > last_step)
+
+
+def _parse(line: bytes) -> Record | None:
+    """The object on a line, or None for a torn or empty one: the start of a JSON object is never itself one."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def plain(value: Any) -> Any:
+    """A value that JSON can hold: numbers of numpy and torch become Python's, those that are not finite become None."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

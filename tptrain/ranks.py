@@ -1,0 +1,231 @@
+"""What one rank does around the training: log, threads, process group, train, leave.
+
+    started by us     python -m tptrain.launch RUN_DIR STORE_DIR PARENT     `spawned`
+    by torchrun       torchrun -m tptrain ...                               `joined`
+    the only one      inside the command's own process                      `inline`
+
+In all three, `train` finds a default process group, this rank's log in `logs/rank-N.log`, and the number of
+threads it may compute with. Nothing here reads the environment: `launch.py` did, and passes a `Place`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+from tptrain import failures
+from tptrain.config import Config
+from tptrain.job import ALONE, Job, Place
+
+# ---- the three ways in -----------------------------------------------------------------------------------
+
+
+def inline(job: Job) -> float | None:
+    """Train in this very process: a group of one in memory, no network, and a debugger works. Returns train's value."""
+    with _log(job.run_dir, 0):
+        _join_group(job.config, ALONE)
+        try:
+            return _train(job)
+        except Exception as error:
+            failures.record(job.run_dir, 0, error)
+            raise
+        finally:
+            _leave_group()
+
+
+def joined(config: Config, job: Job | None, place: Place) -> float | None:
+    """Train as one of torchrun's ranks. `job` is rank 0's; the others pass None and take it from rank 0.
+
+    Raises JobFailed once this rank's failure is recorded and told.
+    """
+    terminal = os.dup(sys.stderr.fileno())
+    run_dir: Path | None = job.run_dir if job else None
+    try:
+        _join_group(config, place)
+        job = _from_rank_0(job)
+        run_dir = job.run_dir
+        _keep_log(run_dir, place.rank)
+        return _train(job)
+    except Exception as error:
+        if run_dir is None:
+            raise
+        failure = failures.record(run_dir, place.rank, error)
+        if failure.kind != "lost_peer":
+            os.write(terminal, f"{failures.describe(failure, run_dir)}\n".encode())
+            write_status(run_dir, "failed", f"rank {place.rank}: {failure.error}")
+        elif place.rank == 0:  # speaks for all followers; the rank with the cause, if it lives, speaks for itself
+            os.write(terminal, f"tptrain: rank 0 lost another rank; its log: {failures.log_path(run_dir, 0)}\n".encode())
+            if not _has_failed(run_dir):
+                write_status(run_dir, "failed", "rank 0 lost another rank")
+        raise failures.JobFailed(failure.error) from error
+
+
+def spawned(run_dir: Path, store_dir: Path, place: Place) -> NoReturn:
+    """Train as a rank that `launch.py` started, and leave the process. The launcher says what went wrong, not we."""
+    _keep_log(run_dir, place.rank)
+    try:
+        job = Job.load(run_dir, store_dir)
+        _join_group(job.config, place)
+        value = _train(job)
+        if place.rank == 0:
+            result_path(run_dir).write_text(json.dumps(value))
+    except Exception as error:
+        failures.record(run_dir, place.rank, error)
+        leave(1)
+    leave(0)
+
+
+def result_path(run_dir: Path) -> Path:
+    """Where rank 0 leaves train's value for the launcher."""
+    return run_dir / "logs" / "rank-0.result.json"
+
+
+# ---- the parts -------------------------------------------------------------------------------------------
+
+
+def die_with_parent(started_by: int | None = None) -> None:
+    """Have the kernel kill this rank when its parent dies (Linux), and let signals end it at once.
+
+    A rank blocked inside a collective runs no Python, so no Python handler could end it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = os.getppid()
+    if sys.platform == "linux":
+        import ctypes
+
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != (started_by or parent):  # it died before we asked
+        os._exit(1)
+
+
+def write_status(run_dir: Path, state: str, error: str | None = None) -> None:
+    """Set the run's state and error; the last known step stays."""
+    from tptrain.monitor.status import write_status as write
+
+    write(run_dir, state, step=None, error=error)
+
+
+def _has_failed(run_dir: Path) -> bool:
+    from tptrain.monitor.status import read_status
+
+    return (read_status(run_dir) or {}).get("state") == "failed"
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: flush, leave the process group, and skip the interpreter's own end.
+
+    At the interpreter's end a gloo thread may still drop a work object while Python finalises, which aborts the
+    process (about 1 run in 7). After a failure the group is not left in good order either: NCCL would wait.
+    """
+    if code == 0:
+        with contextlib.suppress(Exception):
+            _leave_group()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+def _train(job: Job) -> float | None:
+    """The training itself."""
+    from tptrain.train import train
+
+    return train(job.config, job.run_dir, job.store_dir)
+
+
+def _join_group(config: Config, place: Place) -> None:
+    """Make the default process group: gloo, and NCCL too on GPUs. One rank alone needs no network."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(threads(config, place.local_world_size))
+    on_gpu = config.hardware.device == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(place.local_rank)
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if place == ALONE else {}
+    timeout = timedelta(seconds=config.launch.timeout_seconds)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, **alone)  # type: ignore[arg-type]
+
+
+def threads(config: Config, local_ranks: int) -> int:
+    """CPU threads for this rank: the number asked for, or this machine's cores shared by its ranks."""
+    asked = config.launch.threads_per_rank
+    if asked != "auto":
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_ranks)
+
+
+def _leave_group() -> None:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _from_rank_0(job: Job | None) -> Job:
+    """Rank 0's job, on every rank."""
+    import torch
+    import torch.distributed as dist
+
+    box = [job]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    assert box[0] is not None
+    return box[0]
+
+
+def _keep_log(run_dir: Path, rank: int) -> None:
+    """Send what this rank says to `logs/rank-N.log`, for good. Rank 0 keeps the terminal too, for its live display."""
+    _open_log(run_dir, rank)
+    file = os.open(failures.log_path(run_dir, rank), os.O_WRONLY | os.O_APPEND)
+    faulthandler.enable(file)  # a segmentation fault leaves its Python stack in the log
+    if rank > 0:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+
+
+@contextlib.contextmanager
+def _log(run_dir: Path, rank: int) -> Iterator[None]:
+    """The same inside a process that lives on: Python's logging goes into the file while the block runs."""
+    handlers = _open_log(run_dir, rank)
+    try:
+        yield
+    finally:
+        for name, handler in handlers:
+            logging.getLogger(name).removeHandler(handler)
+            handler.close()
+
+
+def _open_log(run_dir: Path, rank: int) -> list[tuple[str | None, logging.Handler]]:
+    """Add the rank's file to the root logger and to our own; of others' lines, rank 0 shows warnings on the terminal.
+
+    The logger "tptrain" does not pass its lines on to the root: what of them the terminal shows is the console's business.
+    """
+    path = failures.log_path(run_dir, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handlers: list[tuple[str | None, logging.Handler]] = [(None, file), ("tptrain", file)]
+    if rank == 0:
+        terminal = logging.StreamHandler()
+        terminal.setLevel(logging.WARNING)
+        handlers.append((None, terminal))
+    ours = logging.getLogger("tptrain")
+    ours.propagate = False
+    ours.setLevel(logging.INFO)
+    for name, handler in handlers:
+        logging.getLogger(name).addHandler(handler)
+    return handlers

@@ -1,0 +1,123 @@
+"""What a run says of itself while it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tptrain.config import Config
+from tptrain.data.store import TokenStore
+from tptrain.mesh import Mesh
+from tptrain.model.flops import flops_per_token, num_parameters
+from tptrain.monitor.console import Console
+from tptrain.monitor.metrics import MetricsFile, Record, eval_record, train_record
+from tptrain.monitor.peak_memory import peak_memory_bytes
+from tptrain.monitor.status import write_status
+from tptrain.monitor.wandb_run import start_wandb
+from tptrain.tensor_parallel.parameter import local_part
+from tptrain.trainer import StepResult, Trainer
+
+
+class Report:
+    """What the run says of itself: terminal, metrics.jsonl, status.json and W&B on rank 0; on other ranks nothing.
+
+    Memory is the largest over ranks, so every rank calls every method.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, trainer: Trainer, run_dir: Path, store: TokenStore) -> None:
+        self.config, self.mesh, self.run_dir = config, mesh, run_dir
+        self.tokens_per_step = (config.train.global_batch_size or 0) * config.data.seq_len
+        self.speaks = dist.get_rank() == 0
+        parameters = self.gather(sum(p.numel() for p in map(local_part, trainer.stage.parameters())))
+        if not self.speaks:
+            return
+        first_step = trainer.steps_done
+        facts = {
+            "parameters": num_parameters(config.model),
+            "parameters_per_rank": parameters,
+            "ranks": mesh.ranks,
+            "device": _device_name(mesh.device),
+            "data": f"{config.data.source}: {store.train.num_tokens:,} tokens, {store.val.num_tokens:,} held out",
+            "run_dir": run_dir,
+        }
+        write_status(run_dir, "running", first_step)
+        self.metrics = MetricsFile(run_dir, first_step)
+        self.console = Console(config, config.train.max_steps, first_step)
+        self.console.banner(facts)
+        self.wandb = start_wandb(config, run_dir, facts)
+
+    def gather(self, value: int) -> list[int]:
+        """Every rank's value, by rank."""
+        values = torch.zeros(self.mesh.world.size(), dtype=torch.int64, device=self.mesh.device)
+        values[dist.get_rank()] = value
+        if self.mesh.world.size() > 1:
+            dist.all_reduce(values, group=self.mesh.world)
+        return values.tolist()
+
+    def step(self, step: int, result: StepResult, step_seconds: float | None) -> None:
+        """Log a training step; step_seconds: mean over the steps since the last logged one."""
+        peak_memory = max(self.gather(peak_memory_bytes(self.mesh.device.type)))
+        if self.speaks:
+            record = train_record(
+                step=step,
+                tokens=step * self.tokens_per_step,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                lr=result.lr,
+                step_time=step_seconds,
+                tokens_per_step=self.tokens_per_step,
+                model_flops_per_token=flops_per_token(self.config.model, self.config.data.seq_len),
+                peak_flops_per_second=self.config.hardware.peak_flops_per_second,
+                processes=self.mesh.world.size(),
+                peak_memory_bytes=peak_memory,
+            )
+            self._log(record)
+            self.console.step(record)
+
+    def evaluation(self, step: int, val_loss: float) -> None:
+        """Log an evaluation."""
+        if self.speaks:
+            record = eval_record(step=step, val_loss=val_loss)
+            self._log(record)
+            self.console.evaluation(record)
+
+    def saved(self, step: int) -> None:
+        """Note a complete checkpoint."""
+        if self.speaks:
+            write_status(self.run_dir, "running", step)
+
+    def sample(self, text: str | None) -> None:
+        """Show what the model writes."""
+        if self.speaks and text is not None:
+            self.console.sample(text)
+
+    def finish(self, step: int, result: StepResult | None, val_loss: float | None, step_seconds: float | None, wall_seconds: float) -> None:
+        """Close the run as done; step_seconds: mean over the run."""
+        if not self.speaks:
+            return
+        write_status(self.run_dir, "done", step)
+        self.console.summary(
+            step=step,
+            loss=None if result is None else result.loss,
+            val_loss=val_loss,
+            tokens_per_second=self.tokens_per_step / step_seconds if step_seconds else None,
+            wall_seconds=wall_seconds,
+            run_dir=self.run_dir,
+        )
+
+    def close(self) -> None:
+        """Let go of the terminal and the files, however the run ended."""
+        if self.speaks:
+            self.console.close()
+            self.metrics.close()
+            self.wandb.finish()
+
+    def _log(self, record: Record) -> None:
+        self.metrics.write(record)
+        self.wandb.log(record)
+
+
+def _device_name(device: torch.device) -> str:
+    return f"cuda, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads a rank"

@@ -1,0 +1,92 @@
+"""The run, as one page: everything is built here, in the order in which data flows, and then the loop."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tptrain.checkpoint.folder import find_start
+from tptrain.checkpoint.sharded import load, save
+from tptrain.config import Config
+from tptrain.data.store import TokenStore
+from tptrain.data.tokenizers import load_tokenizer
+from tptrain.mesh import build_mesh
+from tptrain.monitor.step_timer import StepTimer
+from tptrain.report import Report
+from tptrain.trainer import Trainer
+
+
+def train(config: Config, run_dir: Path, store_dir: Path) -> float | None:
+    """Train on this rank until train.max_steps. Every rank of the job calls this, with the process group up.
+
+    config: resolved. store_dir: the token store. Returns the last validation loss in nats a token, or None.
+    """
+    began = time.perf_counter()
+    device = torch.device("cuda", torch.cuda.current_device()) if config.hardware.device == "cuda" else torch.device("cpu")
+    mesh = build_mesh(config.parallel, device, config.launch.timeout_seconds)
+    store = TokenStore.open(store_dir)
+    trainer = Trainer(config, mesh, store.train.tokens, store.val.tokens)
+    resume(trainer, run_dir)
+    max_steps = config.train.max_steps
+    report = Report(config, mesh, trainer, run_dir, store)
+    timer, val_loss, result = StepTimer(), None, None
+    try:
+        timer.start()
+        while trainer.steps_done < max_steps:
+            result = trainer.step()
+            step, last = trainer.steps_done, trainer.steps_done == max_steps
+            logged = last or step % config.train.log_every == 0
+            if logged:
+                result.wait()  # for the device, so that the clock stops after the step
+            timer.step()
+            with timer.paused():
+                if logged:
+                    report.step(step, result, timer.take())
+                if config.train.eval_steps and (last or is_due(step, config.train.eval_every)):
+                    val_loss = trainer.evaluate()
+                    report.evaluation(step, val_loss)
+                if last or is_due(step, config.checkpoint.every):
+                    save_checkpoint(trainer, run_dir)
+                    report.saved(step)
+        if config.train.sample_tokens and result is not None:
+            report.sample(write_text(trainer, config))
+        report.finish(trainer.steps_done, result, val_loss, timer.overall(), time.perf_counter() - began)
+    finally:
+        report.close()
+    return val_loss
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens now; 0 means never."""
+    return every > 0 and step % every == 0
+
+
+def resume(trainer: Trainer, run_dir: Path) -> None:
+    """Continue from the checkpoint that the config points to, if there is one. Rank 0 looks, so that all take the same."""
+    start: list[Path | None] = [None]
+    if dist.get_rank() == 0:
+        start[0] = find_start(trainer.config, run_dir)
+    dist.broadcast_object_list(start, src=0, device=torch.device("cpu"))
+    if start[0] is not None:
+        state = load(start[0], trainer.stage, trainer.optimizer)
+        trainer.steps_done, trainer.samples_done = state["step"], state["samples"]
+
+
+def save_checkpoint(trainer: Trainer, run_dir: Path) -> None:
+    """Write what a resume under any layout needs."""
+    state = {"step": trainer.steps_done, "samples": trainer.samples_done, "config": asdict(trainer.config)}
+    copies = {name for name, _ in trainer.stage.named_parameters() if trainer.is_copy(name)}
+    save(run_dir, trainer.stage, trainer.optimizer, copies, state, trainer.config.checkpoint.keep)
+
+
+def write_text(trainer: Trainer, config: Config) -> str | None:
+    """A sample of what the model has learned to write, or None where the data is no text."""
+    tokenizer = load_tokenizer(config.data)
+    if tokenizer is None:
+        return None
+    end = tokenizer.end_of_document
+    return tokenizer.decode(trainer.sample([end], config.train.sample_tokens, end))

@@ -1,0 +1,214 @@
+"""One rank's share of the model and the three things it does with it: a training step, an evaluation, a sample.
+
+Data flows through `step` in the order in which the lines stand: rows of the global batch, the pipeline, the tied embedding's
+sum, one norm over the whole model, clipping, the optimizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tptrain.config import Config
+from tptrain.data.sampler import Sampler
+from tptrain.data_parallel import DataParallel
+from tptrain.mesh import Mesh
+from tptrain.model.gpt import GPTStage
+from tptrain.model.init import initialise
+from tptrain.optim.grad_norm import clip_scale, scale_gradients, squared_norm
+from tptrain.optim.lr_schedules import learning_rate
+from tptrain.optim.optimizers import build_optimizer, set_lr
+from tptrain.pipeline.engine import PipelineEngine
+from tptrain.pipeline.partition import even_partition
+from tptrain.pipeline.schedules import SCHEDULES, forward_only, with_transfers
+from tptrain.pipeline.transfer import Transfer, exchange_sum
+from tptrain.pipeline.validate import validate
+from tptrain.tensor_parallel.broadcast import broadcast_from_first
+from tptrain.tensor_parallel.cross_entropy import IGNORE_INDEX
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class StepResult:
+    """What a step measured, still on the device: reading it waits for the step."""
+
+    totals: Tensor
+    """fp64 [3], summed over all ranks: squared gradient norm before clipping, summed loss in nats, tokens."""
+    lr: float
+
+    def wait(self) -> None:
+        """Return once the device has done the step."""
+        self.totals.tolist()
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the global batch in nats a token."""
+        return float(self.totals[1] / self.totals[2])
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the whole model's gradient, before clipping."""
+        return float(self.totals[0].sqrt())
+
+
+class Trainer:
+    """A stage of the model on this rank, with its optimizer, its pipeline engine and its data."""
+
+    def __init__(self, config: Config, mesh: Mesh, train_tokens: np.ndarray, val_tokens: np.ndarray) -> None:
+        """config: resolved. train_tokens, val_tokens: one-dimensional ids; only the first and last stage read them."""
+        self.config, self.mesh = config, mesh
+        model, parallel = config.model, config.parallel
+        first_layer, last_layer = even_partition(model.num_layers, mesh.pp_size)[mesh.pp_rank]
+        self.stage = GPTStage(model, first_layer, last_layer, mesh.tp, mesh.device)
+        initialise(self.stage, model, config.seed)
+        self.dtype = _DTYPES[config.train.precision]
+        self.data_parallel = DataParallel(self.stage, list(self.stage.layers.values()), mesh, self.dtype)
+        self.optimizer = build_optimizer(config.optimizer, self.stage)
+
+        schedule = with_transfers(SCHEDULES[parallel.schedule](mesh.pp_size, parallel.micro_batches))
+        validate(schedule, parallel.micro_batches)
+        self.actions = schedule[mesh.pp_rank]
+        self.engine = self._engine(parallel.micro_batch_size, config.data.seq_len)
+
+        self.train_data = Sampler(train_tokens, config.data.seq_len, config.seed)
+        self.val_data = Sampler(val_tokens, config.data.seq_len, None) if config.train.eval_steps else None
+        self.steps_done = 0
+        self.samples_done = 0
+
+    # ---- the training step ---------------------------------------------------------------------------------
+
+    def step(self) -> StepResult:
+        """One optimizer step on the next global batch."""
+        inputs, targets = self._micro_batches(self.train_data, self.samples_done)
+        tokens = self._count_tokens(targets)
+        loss = self.engine.train(self.actions, inputs, targets, 1.0 / float(tokens.clamp(min=1)), self.data_parallel.before_backward)
+        self._sum_tied_embedding()
+        totals = self._totals(loss, tokens)
+
+        gradients = [p.grad for p in self.stage.parameters() if p.grad is not None]
+        if self.config.optimizer.grad_clip is not None:
+            scale_gradients(gradients, clip_scale(totals[0].sqrt(), self.config.optimizer.grad_clip))
+        self.steps_done += 1
+        self.samples_done += self.config.train.global_batch_size or 0
+        lr = learning_rate(self.steps_done, self.config.lr_schedule, self.config.optimizer.lr, self.config.train.max_steps)
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(totals, lr)
+
+    def _count_tokens(self, targets: list[Tensor] | None) -> Tensor:
+        """Tokens of the global batch that count, fp64 scalar; only the last stage, which makes the loss, knows them."""
+        tokens = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        if self.stage.is_last and targets is not None:
+            for target in targets:
+                tokens += (target != IGNORE_INDEX).sum()
+            if self.mesh.dp_size > 1:
+                dist.all_reduce(tokens, group=self.mesh.dp_group)
+        return tokens
+
+    def _sum_tied_embedding(self) -> None:
+        """Add the gradients of the embedding's two copies, one as the table and one as the head, on both."""
+        if not self.config.model.tie_embeddings or self.mesh.pp_size == 1 or not (self.stage.is_first or self.stage.is_last):
+            return
+        gradient = self.stage.embedding.weight.grad
+        assert gradient is not None
+        part = gradient.to_local()  # type: ignore[attr-defined]
+        peer = self.mesh.pp_ranks[-1 if self.stage.is_first else 0]
+        part.copy_(exchange_sum(part, peer, self.mesh.pp_forward))
+
+    def _totals(self, loss: Tensor, tokens: Tensor) -> Tensor:
+        """Squared gradient norm, summed loss and tokens of the whole job, fp64 [3]: one all-reduce over all ranks."""
+        counted = [p.grad for name, p in self.stage.named_parameters() if p.grad is not None and not self.is_copy(name)]
+        totals = torch.stack((squared_norm(counted, self.mesh.device), loss, tokens))
+        if self.mesh.tp_rank > 0:  # the loss is the same on all tp ranks
+            totals[1:] = 0
+        if self.mesh.dp_rank > 0:  # the count is already the whole batch's
+            totals[2] = 0
+        if self.mesh.world.size() > 1:
+            dist.all_reduce(totals, group=self.mesh.world)
+        return totals
+
+    def is_copy(self, name: str) -> bool:
+        """Whether parameter `name` here is the tied embedding's second copy, which lives on the last of several stages."""
+        return name == "embedding.weight" and not self.stage.is_first
+
+    # ---- evaluation and sampling ---------------------------------------------------------------------------
+
+    def evaluate(self) -> float:
+        """Mean loss in nats a token over the first eval_steps global batches of the validation data, in order."""
+        parallel, batch = self.config.parallel, self.config.train.global_batch_size or 0
+        actions = with_transfers(forward_only(self.mesh.pp_size, parallel.micro_batches))[self.mesh.pp_rank]
+        totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        assert self.val_data is not None, "train.eval_steps is 0"
+        samples = self.val_data.samples_per_epoch
+        for first in range(0, min(self.config.train.eval_steps * batch, samples), batch):
+            inputs, targets = self._micro_batches(self.val_data, first, samples)
+            for loss, target in zip(self.engine.infer(actions, inputs, targets), targets or (), strict=False):
+                totals += torch.stack((loss.double(), (target != IGNORE_INDEX).sum().double()))
+        self.data_parallel.release()
+        if self.mesh.tp_rank > 0:
+            totals.zero_()
+        if self.mesh.world.size() > 1:
+            dist.all_reduce(totals, group=self.mesh.world)
+        return float(totals[0] / totals[1])
+
+    @torch.no_grad()
+    def sample(self, prompt: list[int], count: int, end: int, temperature: float = 0.8) -> list[int]:
+        """Up to `count` tokens that follow `prompt`, ended by token `end`; the same on every rank."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        tokens = list(prompt)
+        actions = with_transfers(forward_only(self.mesh.pp_size, 1))[self.mesh.pp_rank]
+        while len(tokens) < len(prompt) + count:
+            context = torch.tensor([tokens[-self.config.data.seq_len :]], device=self.mesh.device)
+            outputs = self._engine(1, context.shape[1]).infer(actions, [context], None)
+            following = torch.zeros((), dtype=torch.int64, device=self.mesh.device)
+            if outputs:
+                probabilities = (self._whole_logits(outputs[0][0, -1]) / temperature).softmax(0).cpu()
+                following += torch.multinomial(probabilities, 1, generator=generator).item()
+            if self.mesh.pp_size > 1:
+                dist.broadcast(following, self.mesh.pp_ranks[-1], group=self.mesh.pp_forward)
+            if following.item() == end:
+                break
+            tokens.append(int(following))
+        self.data_parallel.release()
+        return tokens[len(prompt) :]
+
+    def _whole_logits(self, part: Tensor) -> Tensor:
+        """One token's logits over the whole vocabulary, fp32 [vocab], from each tp rank's part."""
+        whole = torch.zeros(self.config.model.vocab_size, device=self.mesh.device)
+        start = self.stage.vocab_start
+        whole[start : start + part.shape[0]] = part.float()
+        if self.mesh.tp_size > 1:
+            dist.all_reduce(whole, group=self.mesh.tp_group)
+        return whole
+
+    # ---- batches -------------------------------------------------------------------------------------------
+
+    def _engine(self, rows: int, columns: int) -> PipelineEngine:
+        """An engine whose activations are [rows, columns, hidden]."""
+        transfer = Transfer(self.mesh, (rows, columns, self.config.model.hidden_size), self.dtype)
+        return PipelineEngine(self.stage, self.mesh.pp_rank, self.mesh.pp_size, transfer)
+
+    def _micro_batches(self, data: Sampler, first: int, limit: int | None = None) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+        """Inputs and targets of this dp rank's share of the global batch that starts at sample `first`.
+
+        Two lists of [micro_batch_size, seq_len], or None on stages that read no data. Samples from `limit` on are
+        stand-ins whose targets count for nothing.
+        """
+        if not (self.stage.is_first or self.stage.is_last):
+            return None, None
+        rows = (self.config.train.global_batch_size or 0) // self.mesh.dp_size
+        first += rows * self.mesh.dp_rank
+        batch = torch.full((rows, self.config.data.seq_len + 1), IGNORE_INDEX, device=self.mesh.device)
+        if self.mesh.tp_rank == 0:
+            present = rows if limit is None else max(0, min(rows, limit - first))
+            batch[:present] = torch.from_numpy(data.rows(first, present)).to(self.mesh.device)
+        broadcast_from_first(batch, self.mesh.tp_group)
+        size = self.config.parallel.micro_batch_size
+        inputs, targets = batch[:, :-1].clamp(min=0), batch[:, 1:]
+        return list(inputs.split(size)), list(targets.split(size))
