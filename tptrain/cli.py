@@ -54,6 +54,10 @@ def main() -> NoReturn:
         _say(f"{stop or 'stopped by SIGINT'}")
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1 if leaving.code else 0
+    if code == 2:
+        from tptrain import launch
+
+        launch.let_rank_0_speak()
     if "torch" in sys.modules:
         from tptrain import ranks
 
@@ -67,6 +71,7 @@ def _run(arguments: list[str]) -> int:
     from tptrain import launch  # neither this nor Hydra imports torch
     from tptrain.refusal import REFUSALS, explain
 
+    launch.hide_verb(VERBS)
     place = launch.given_place()
     flags, overrides = _split(arguments)
     if place is not None:

@@ -102,8 +102,15 @@ def root_cause(run_dir: Path, exits: dict[int, tuple[int, float]]) -> Failure:
 
     exits: for each rank that did not leave with 0, its exit code (negative: minus the signal) and when it was seen.
     """
-    failures = [_read(run_dir, rank) or _from_exit(rank, code, seen) for rank, (code, seen) in exits.items()]
+    failures = [_read(_record_path(run_dir, rank)) or _from_exit(rank, code, seen) for rank, (code, seen) in exits.items()]
     return min(failures, key=lambda failure: (_suspicion(failure), failure.time))
+
+
+def recorded_cause(run_dir: Path) -> Failure | None:
+    """What the ranks' records alone show: the first error of a rank's own, or None where all of them lost another rank."""
+    records = [_read(path) for path in (run_dir / "logs").glob("rank-*.error.json")]
+    own = [failure for failure in records if failure and failure.kind != "lost_peer"]
+    return min(own, key=lambda failure: failure.time, default=None)
 
 
 def describe(failure: Failure, run_dir: Path) -> str:
@@ -141,9 +148,9 @@ def _from_exit(rank: int, code: int, seen: float) -> Failure:
     return Failure(rank, seen, "killed", f"was killed by {name}{hint}", signal=-code)
 
 
-def _read(run_dir: Path, rank: int) -> Failure | None:
+def _read(path: Path) -> Failure | None:
     try:
-        return Failure(**json.loads(_record_path(run_dir, rank).read_text()))
+        return Failure(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -18,8 +18,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -82,6 +83,19 @@ def given_place() -> Place | None:
 def is_first_rank() -> bool:
     """Whether this process speaks for the job: it is rank 0, or no rank of anybody's."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def let_rank_0_speak() -> None:
+    """Before another rank of torchrun leaves with a refusal: torchrun stops all ranks, also a rank 0 that is still to say it."""
+    if not is_first_rank() and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(10)  # cut short by torchrun, once rank 0 has left
+
+
+def hide_verb(verbs: Iterable[str]) -> None:
+    """Take the verb out of the line that tab completion asks about: Hydra completes overrides only."""
+    words = os.environ.get("COMP_LINE", "").split(" ")
+    if len(words) > 2 and words[1] in verbs:
+        os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
 
 
 def settle(config: Config, place: Place | None) -> Config:

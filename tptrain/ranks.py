@@ -17,6 +17,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -61,11 +62,12 @@ def joined(config: Config, job: Job | None, place: Place) -> float | None:
         failure = failures.record(run_dir, place.rank, error)
         if failure.kind != "lost_peer":
             os.write(terminal, f"{failures.describe(failure, run_dir)}\n".encode())
+            time.sleep(0.5)  # until rank 0 waits for us, else its "running" may come after our "failed", and torchrun then stops it
             write_status(run_dir, "failed", f"rank {place.rank}: {failure.error}")
         elif place.rank == 0:  # speaks for all followers; the rank with the cause, if it lives, speaks for itself
             os.write(terminal, f"tptrain: rank 0 lost another rank; its log: {failures.log_path(run_dir, 0)}\n".encode())
-            if not _has_failed(run_dir):
-                write_status(run_dir, "failed", "rank 0 lost another rank")
+            cause = failures.recorded_cause(run_dir)  # and writes the status again: our last "running" may have come after its "failed"
+            write_status(run_dir, "failed", f"rank {cause.rank}: {cause.error}" if cause else "rank 0 lost another rank")
         raise failures.JobFailed(failure.error) from error
 
 
@@ -114,12 +116,6 @@ def write_status(run_dir: Path, state: str, error: str | None = None) -> None:
     from tptrain.monitor.status import write_status as write
 
     write(run_dir, state, step=None, error=error)
-
-
-def _has_failed(run_dir: Path) -> bool:
-    from tptrain.monitor.status import read_status
-
-    return (read_status(run_dir) or {}).get("state") == "failed"
 
 
 def leave(code: int) -> NoReturn:

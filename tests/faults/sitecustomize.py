@@ -1,0 +1,55 @@
+"""Python imports this file at its start when its folder is on PYTHONPATH: `tptrain.train` becomes a stand-in in every rank.
+
+The stand-in sums a vector over the ranks until told otherwise by FAULT=WHAT:RANK. Its results are of no use to anyone,
+its failures are: they happen in mid-run, while the other ranks wait in a collective.
+"""
+
+import os
+import signal
+import sys
+import time
+import types
+
+_FAIL_AT = 5
+
+
+def _fail(what: str) -> None:
+    if what == "raise":
+        raise RuntimeError("planted")
+    if what == "refuse":
+        from tptrain.config import refuse
+
+        raise refuse("checkpoint.resume", "/nope", "has no checkpoint", "use checkpoint.resume=never")
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def train(config, run_dir, store_dir):
+    import torch
+    import torch.distributed as dist
+
+    from tptrain.monitor.status import write_status
+
+    what, _, where = os.environ.get("FAULT", ":").partition(":")
+    rank = dist.get_rank()
+    assert store_dir.is_dir()
+    print(f"rank {rank} of {dist.get_world_size()}, {torch.get_num_threads()} threads, OMP {os.environ['OMP_NUM_THREADS']}", flush=True)
+    for step in range(config.train.max_steps):
+        total = torch.ones(1000)
+        dist.all_reduce(total)
+        assert total[0] == dist.get_world_size()
+        if rank == 0:
+            write_status(run_dir, "running", step)
+        if step == _FAIL_AT and where in (str(rank), "all"):
+            _fail(what)
+        time.sleep(0.02)
+    if rank == 0:
+        write_status(run_dir, "done", config.train.max_steps)
+    return 1.5
+
+
+_module = types.ModuleType("tptrain.train")
+_module.train = train
+sys.modules["tptrain.train"] = _module

@@ -1,0 +1,244 @@
+"""Starting ranks, and how a job ends when one of them fails or a signal comes. Training is the stand-in of `tests/faults`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.command import FAULTS, Outcome, command, finish, processes_of, start, wait_until
+from tests.support import small_config
+from tptrain import failures, launch, ranks
+from tptrain.config import ConfigError
+from tptrain.failures import Failure
+from tptrain.job import Job, Place
+
+TINY = ("experiment=memorize", "wandb=disabled", "hydra.run.dir=run", "launch.timeout_seconds=60")
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path):
+    yield tmp_path / "run"
+    assert processes_of(tmp_path) == []
+
+
+def _train(run_dir: Path, *arguments: str, steps: int = 10, fault: str = "", torchrun: int = 0) -> Outcome:
+    arguments = (*TINY, f"train.max_steps={steps}", *arguments)
+    return command(run_dir.parent, *arguments, torchrun=torchrun, PYTHONPATH=str(FAULTS), FAULT=fault)
+
+
+def _start(run_dir: Path, *arguments: str, fault: str = ""):
+    """A long run, once its ranks are in the middle of training."""
+    process = start(run_dir.parent, *TINY, "train.max_steps=5000", *arguments, PYTHONPATH=str(FAULTS), FAULT=fault)
+    wait_until(lambda: (_status(run_dir).get("step") or 0) > 6)
+    return process
+
+
+def _status(run_dir: Path) -> dict:
+    try:
+        return json.loads((run_dir / "status.json").read_text())
+    except OSError:
+        return {}
+
+
+def _log(run_dir: Path, rank: int) -> str:
+    return (run_dir / "logs" / f"rank-{rank}.log").read_text()
+
+
+# ---- a job that goes well --------------------------------------------------------------------------------
+
+
+def test_two_ranks_train_and_leave_logs_and_config(run_dir: Path):
+    outcome = _train(run_dir, "parallel=tp2", "launch.threads_per_rank=3")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "rank 0 of 2, 3 threads, OMP 3" in outcome.out
+    assert "rank 1" not in outcome.out
+    assert "rank 1 of 2, 3 threads, OMP 3" in _log(run_dir, 1)
+    assert (run_dir / "logs" / "rank-0.log").exists()
+    assert _status(run_dir) == {"state": "done", "step": 10, "error": None}
+    config = Job.load(run_dir, run_dir).config
+    assert (config.parallel.tp, config.parallel.dp, config.hardware.device) == (2, 1, "cpu")
+
+
+def test_torchrun_ranks_share_one_run_folder(run_dir: Path):
+    outcome = _train(run_dir, "parallel=tp2", torchrun=2)
+    assert outcome.code == 0
+    assert "rank 0 of 2" in outcome.out
+    assert "rank 1 of 2" in _log(run_dir, 1)
+    assert _status(run_dir)["state"] == "done"
+    assert sorted(path.name for path in run_dir.parent.iterdir()) == ["outputs", "run"]
+    assert [path.name for path in (run_dir.parent / "outputs").iterdir()] == ["token_stores"]
+
+
+# ---- a rank that fails -----------------------------------------------------------------------------------
+
+
+def test_a_raising_rank_ends_the_job_and_its_traceback_comes_first(run_dir: Path):
+    outcome = _train(run_dir, "parallel=tp2", steps=5000, fault="raise:1")
+    assert outcome.code == 1
+    assert outcome.seconds < 15
+    assert outcome.err.startswith("rank 1 failed:\nTraceback")
+    assert outcome.err.endswith("RuntimeError: planted\nits log: run/logs/rank-1.log\n")
+    assert "peer" not in outcome.err + outcome.out
+    assert _status(run_dir)["state"] == "failed"
+    assert _status(run_dir)["error"] == "rank 1: RuntimeError: planted"
+    assert "RuntimeError: planted" in _log(run_dir, 1)
+
+
+def test_a_killed_rank_is_named_with_its_signal(run_dir: Path):
+    outcome = _train(run_dir, "parallel=tp2", steps=5000, fault="kill:1")
+    assert outcome.code == 1
+    assert outcome.seconds < 15
+    assert outcome.err.startswith("rank 1 was killed by SIGKILL (out of memory?")
+    assert "Traceback" not in outcome.err
+    assert _status(run_dir)["error"].startswith("rank 1 was killed by SIGKILL")
+
+
+def test_a_refusal_by_the_ranks_is_one_line(run_dir: Path):
+    outcome = _train(run_dir, "parallel=tp2", steps=5000, fault="refuse:all")
+    assert outcome.code == 2
+    assert outcome.err == "tptrain: checkpoint.resume=/nope has no checkpoint: use checkpoint.resume=never\n"
+
+
+def test_torchrun_shows_the_failing_rank_before_its_own_report(run_dir: Path):
+    outcome = _train(run_dir, "parallel=tp2", steps=5000, fault="raise:1", torchrun=2)
+    assert outcome.code == 1
+    assert outcome.seconds < 15
+    assert "rank 1 failed:\nTraceback" in outcome.err.split("ChildFailedError")[0]
+    assert "Connection" not in outcome.err
+    assert _status(run_dir)["error"] == "rank 1: RuntimeError: planted"
+
+
+def test_an_error_in_the_only_process_is_a_plain_traceback(run_dir: Path):
+    outcome = _train(run_dir, steps=5000, fault="raise:0")
+    assert outcome.code == 1
+    assert outcome.err.startswith("Traceback")
+    assert outcome.err.endswith("RuntimeError: planted\n")
+    assert _status(run_dir)["error"] == "RuntimeError: planted"
+    assert "RuntimeError: planted" in _log(run_dir, 0)
+
+
+def test_a_sweep_goes_on_after_a_failed_job(run_dir: Path):
+    outcome = _train(run_dir, "-m", "train.max_steps=3,9", "hydra.sweep.dir=run", fault="raise:0")
+    assert outcome.code == 1
+    assert [_status(run_dir / job)["state"] for job in ("0", "1")] == ["done", "failed"]
+    outcome = _train(run_dir, "-m", "train.max_steps=3,4", "hydra.sweep.dir=run")
+    assert outcome.code == 0
+    assert [_status(run_dir / job)["state"] for job in ("0", "1")] == ["done", "done"]
+
+
+# ---- signals ---------------------------------------------------------------------------------------------
+
+
+def test_sigterm_stops_all_ranks(run_dir: Path):
+    process = _start(run_dir, "parallel=tp2")
+    process.send_signal(signal.SIGTERM)
+    outcome = finish(process)
+    assert (outcome.code, outcome.err) == (1, "tptrain: stopped by SIGTERM\n")
+    assert outcome.seconds < 5  # 0.3 s alone on the machine
+    assert _status(run_dir)["state"] == "stopped"
+
+
+def test_a_second_sigint_ends_ranks_that_do_not_listen(run_dir: Path):
+    process = _start(run_dir, "parallel=tp2", fault="deaf:all")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    outcome = finish(process)
+    assert outcome.code == 1
+    assert outcome.seconds < 3
+    assert "Traceback" not in outcome.err
+    wait_until(lambda: not processes_of(run_dir), seconds=2)
+
+
+def test_ranks_die_with_a_killed_parent(run_dir: Path):
+    process = _start(run_dir, "parallel=tp2")
+    assert len(processes_of(run_dir)) == 2
+    process.kill()
+    finish(process)
+    wait_until(lambda: not processes_of(run_dir), seconds=2)
+
+
+def test_sigint_stops_the_only_process(run_dir: Path):
+    process = _start(run_dir)
+    process.send_signal(signal.SIGINT)
+    outcome = finish(process)
+    assert (outcome.code, outcome.err) == (1, "tptrain: stopped by SIGINT\n")
+    assert _status(run_dir)["state"] == "stopped"
+
+
+# ---- the parts -------------------------------------------------------------------------------------------
+
+
+def test_kinds_of_errors():
+    gloo = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:15766. This is typically caused by")
+    grown = ValueError("no result")
+    grown.__context__ = gloo
+    assert failures.kind_of(gloo) == "lost_peer"
+    assert failures.kind_of(grown) == "lost_peer"
+    assert failures.kind_of(RuntimeError("Timed out waiting 1000ms for recv operation to complete")) == "lost_peer"
+    assert failures.kind_of(ValueError("Connection closed by peer")) == "error"
+    assert failures.kind_of(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == "error"
+    assert failures.kind_of(ConfigError("a=1 is bad: use 2")) == "refused"
+
+
+@pytest.mark.parametrize(
+    ("records", "exits", "cause"),
+    [
+        ({0: ("lost_peer", 10.0), 2: ("error", 10.5)}, {0: 1, 1: -15, 2: 1}, 2),  # recorded later, yet the cause
+        ({0: ("lost_peer", 10.0)}, {0: 1, 1: -9}, 1),
+        ({0: ("lost_peer", 10.0)}, {0: 1, 1: -15}, 0),
+        ({0: ("error", 10.0), 1: ("error", 9.0)}, {0: 1, 1: 1}, 1),
+        ({1: ("error", 30.0)}, {0: -6, 1: 1}, 1),  # gloo aborted a follower
+        ({}, {0: -15, 1: 3}, 1),
+    ],
+)
+def test_root_cause(records: dict, exits: dict, cause: int, tmp_path: Path):
+    (tmp_path / "logs").mkdir()
+    for rank, (kind, when) in records.items():
+        failure = Failure(rank, when, kind, "text", "Traceback")
+        failures._record_path(tmp_path, rank).write_text(json.dumps(failure.__dict__))
+    found = failures.root_cause(tmp_path, {rank: (code, 20.0) for rank, code in exits.items()})
+    assert found.rank == cause
+
+
+def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ranks.os, "sched_getaffinity", lambda pid: set(range(8)))
+    config = small_config(launch__threads_per_rank="auto")
+    assert [ranks.threads(config, local) for local in (1, 3, 8, 9)] == [8, 2, 1, 1]
+    assert ranks.threads(small_config(launch__threads_per_rank=5), 8) == 5
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch):
+    auto = small_config(hardware__device="auto", parallel__dp=1, parallel__tp=2)
+    auto.parallel.dp = "auto"
+    auto.train.global_batch_size = None
+    monkeypatch.setattr(launch, "count_gpus", lambda: 0)
+    assert launch.settle(auto, None).hardware.device == "cpu"
+    monkeypatch.setattr(launch, "count_gpus", lambda: 8)
+    settled = launch.settle(auto, None)
+    assert (settled.hardware.device, settled.parallel.dp) == ("cuda", 4)
+    assert auto.hardware.device == "auto"
+    monkeypatch.setattr(launch, "count_gpus", lambda: 1)
+    with pytest.raises(ConfigError, match="but this machine has 1 GPU"):
+        launch.settle(auto, None)
+    with pytest.raises(ConfigError, match="this machine has 1 for 2 ranks"):
+        launch.settle(auto, Place(rank=0, world_size=2, local_rank=0, local_world_size=2))
+    monkeypatch.setattr(launch, "count_gpus", lambda: 0)
+    with pytest.raises(ConfigError, match=r"hardware.device=cuda needs a GPU"):
+        launch.settle(small_config(hardware__device="cuda"), None)
+
+
+def test_the_place_that_a_launcher_gives(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert launch.given_place() is None
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert launch.given_place() == Place(rank=5, world_size=8, local_rank=1, local_world_size=4)
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=many is no number: start with torchrun"):
+        launch.given_place()
