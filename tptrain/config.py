@@ -54,6 +54,8 @@ class ModelConfig:
     """Epsilon inside the norms."""
     init_std: float = 0.02
     """Standard deviation of initial weights; residual projections divide it by sqrt(2 * num_layers)."""
+    peak_lr: float = 3e-4
+    """Learning rate that suits this size: what optimizer=adamw starts from."""
 
 
 @dataclass
@@ -369,11 +371,8 @@ def _check_values(config: Config) -> None:
         value = _get(config, key)
         if value not in choices:
             options = ", ".join(_text(choice) for choice in choices)
-            raise (
-                refuse(key, value, "is not available", f"use {options}")
-                if len(choices) == 1
-                else refuse(key, value, "is unknown", f"use one of {options}")
-            )
+            rule, remedy = ("is not available", f"use {options}") if len(choices) == 1 else ("is unknown", f"use one of {options}")
+            raise refuse(key, value, rule, remedy)
     for key, least in _AT_LEAST.items():
         value = _get(config, key)
         if value is not None and not value >= least:

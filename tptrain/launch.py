@@ -132,9 +132,11 @@ def count_gpus() -> int:
 
 
 def _prepare(config: Config, run_dir: Path) -> Job:
-    """Tokenise once, write `config.yaml`, and make the log folder. Raises ConfigError."""
+    """Look for the checkpoint to start from, tokenise once, write `config.yaml`, make the log folder. Raises ConfigError."""
+    from tptrain.checkpoint.folder import find_start
     from tptrain.data import prepare
 
+    find_start(config, run_dir)
     job = Job(config, run_dir.absolute(), prepare(config, print))
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)

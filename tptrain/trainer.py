@@ -30,6 +30,8 @@ from tptrain.pipeline.validate import validate
 from tptrain.tensor_parallel.broadcast import broadcast_from_first
 from tptrain.tensor_parallel.cross_entropy import IGNORE_INDEX
 
+_EVALUATION_SEED = 0
+"""The same for all runs: the held-out samples in a mixed order, so that a few batches already stand for all documents."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -76,7 +78,7 @@ class Trainer:
         self.engine = self._engine(parallel.micro_batch_size, config.data.seq_len)
 
         self.train_data = Sampler(train_tokens, config.data.seq_len, config.seed)
-        self.val_data = Sampler(val_tokens, config.data.seq_len, None) if config.train.eval_steps else None
+        self.val_data = Sampler(val_tokens, config.data.seq_len, _EVALUATION_SEED) if config.train.eval_steps else None
         self.steps_done = 0
         self.samples_done = 0
 
@@ -140,7 +142,7 @@ class Trainer:
     # ---- evaluation and sampling ---------------------------------------------------------------------------
 
     def evaluate(self) -> float:
-        """Mean loss in nats a token over the first eval_steps global batches of the validation data, in order."""
+        """Mean loss in nats a token over eval_steps global batches of the validation data, or all of it: always the same samples."""
         parallel, batch = self.config.parallel, self.config.train.global_batch_size or 0
         actions = with_transfers(forward_only(self.mesh.pp_size, parallel.micro_batches))[self.mesh.pp_rank]
         totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)

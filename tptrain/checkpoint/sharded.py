@@ -19,11 +19,19 @@ from torch import Tensor, nn
 from tptrain.checkpoint.folder import checkpoint_folder, partial_folder, publish, read_state, rotate
 
 
-def save(run_dir: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, skip: set[str], state: dict[str, Any], keep: int) -> Path:
+def save(
+    run_dir: Path,
+    stage: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    skip: set[str],
+    state: dict[str, Any],
+    keep: int,
+    world: dist.ProcessGroup,
+) -> Path:
     """Write a checkpoint of step state["step"]. All ranks call this; returns the complete folder's path.
 
     skip: parameters here that another stage saves (a tied embedding's second copy).
-    state: what else a resume needs, as JSON. keep: complete checkpoints that stay.
+    state: what else a resume needs, as JSON. keep: complete checkpoints that stay. world: all ranks.
     """
     final = checkpoint_folder(run_dir, state["step"])
     partial = partial_folder(final)
@@ -32,18 +40,18 @@ def save(run_dir: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, skip
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     # The others write only after rank 0, which plans for all, has entered the save.
-    dcp.save(training_tensors(stage, optimizer, skip), storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
+    dcp.save(training_tensors(stage, optimizer, skip), storage_writer=dcp.FileSystemWriter(partial, sync_files=True), process_group=world)
     if first:
         publish(partial, state)
         rotate(run_dir, keep)
-    dist.barrier()
+    dist.barrier(group=world)
     return final
 
 
-def load(folder: Path, stage: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load(folder: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, world: dist.ProcessGroup) -> dict[str, Any]:
     """Fill a stage and its optimizer from a checkpoint of any layout. All ranks call this. Returns the saved state."""
     materialise_state(optimizer)
-    dcp.load(training_tensors(stage, optimizer, set()), storage_reader=dcp.FileSystemReader(folder))
+    dcp.load(training_tensors(stage, optimizer, set()), storage_reader=dcp.FileSystemReader(folder), process_group=world)
     return read_state(folder)
 
 
