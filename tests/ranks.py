@@ -1,12 +1,15 @@
 """Starts ranks for a test: `run_ranks(4, function, args)` calls `function(rank, *args)` in four processes joined by gloo.
 
 Processes fork from a clean server that has torch loaded, so a start costs a fraction of a second. Functions must be
-importable (defined at the top of a test module). A rank's exception is raised here with its traceback.
+importable (defined at the top of a test module) and return no torch tensors (they would die with their rank). A rank's
+exception is raised here with its traceback.
 """
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import tempfile
 import time
@@ -67,6 +70,7 @@ def _main(rank: int, world: int, folder: str, sender: Any, function: Callable[..
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # full_tensor() is slow, which is fine here
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     error, value = None, None
     try:

@@ -27,14 +27,16 @@ def small_config(**changes: Any) -> Config:
     config = Config(
         seed=7,
         model=ModelConfig(
-            name="test", vocab_size=257, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=None, ffn_hidden_size=64, max_seq_len=16,
-            position="learned", norm="layernorm", activation="gelu", bias=True, tie_embeddings=True, dropout=0.0,
+            name="test", vocab_size=257, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=None, ffn_hidden_size=64,
+            max_seq_len=16, position="learned", norm="layernorm", activation="gelu", bias=True, tie_embeddings=True, dropout=0.0,
         ),
         parallel=ParallelConfig(
-            tp=1, pp=1, dp=1, sequence_parallel=False, micro_batch_size=2, micro_batches=4, schedule="1f1b", stages_per_rank=1, recompute="none"
+            tp=1, pp=1, dp=1, sequence_parallel=False, micro_batch_size=2, micro_batches=4, schedule="1f1b",
+            stages_per_rank=1, recompute="none",
         ),
         train=TrainConfig(
-            max_steps=20, precision="fp32", global_batch_size=8, log_every=1, eval_every=0, eval_steps=2, compile=False, init_from=None, sample_tokens=0
+            max_steps=20, precision="fp32", global_batch_size=8, log_every=1, eval_every=0, eval_steps=2, compile=False,
+            init_from=None, sample_tokens=0,
         ),
         data=DataConfig(source="memorize", seq_len=16),
         optimizer=OptimizerConfig(name="adamw", lr=3e-3, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1, grad_clip=0.5),
@@ -59,7 +61,7 @@ def skewed_tokens(count: int, vocab_size: int, seed: int = 0) -> np.ndarray:
 
 SMALL = [
     "hardware=cpu", "wandb=disabled", "data=memorize", "data.seq_len=16", "data.num_sequences=64", "data.vocab_size=64",
-    "model.vocab_size=64", "model.hidden_size=32", "model.num_layers=4", "model.num_heads=4", "model.ffn_hidden_size=64", "model.max_seq_len=16",
-    "parallel.micro_batch_size=2", "parallel.micro_batches=4", "train.log_every=1", "train.eval_every=5", "train.eval_steps=1",
+    "model.vocab_size=64", "model.hidden_size=32", "model.num_layers=4", "model.num_heads=4", "model.ffn_hidden_size=64",
+    "model.max_seq_len=16", "parallel.micro_batch_size=2", "parallel.micro_batches=4", "train.log_every=1", "train.eval_every=5", "train.eval_steps=1",
 ]  # fmt: skip
 """The same small model on the command line, with random sequences to memorize."""

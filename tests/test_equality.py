@@ -46,13 +46,14 @@ TIED_SGD = {"optimizer__name": "sgd", "optimizer__lr": 0.5, "optimizer__weight_d
 UNTIED_ADAMW = {"model__tie_embeddings": False, "model__vocab_size": 1000}
 LAYOUTS = [
     {"tp": 2}, {"tp": 4}, {"dp": 2}, {"tp": 2, "dp": 2},
-    *({"pp": 2, "schedule": schedule} | more for more in ({}, {"pp": 4}, {"tp": 2}, {"dp": 2}, {"tp": 2, "dp": 2}) for schedule in ("gpipe", "1f1b")),
+    *({"pp": 2, "schedule": schedule} | more
+      for more in ({}, {"pp": 4}, {"tp": 2}, {"dp": 2}, {"tp": 2, "dp": 2}) for schedule in ("gpipe", "1f1b")),
 ]  # fmt: skip
 CASES = [
     *(Case(layout, base) for layout in LAYOUTS for base in (TIED_SGD, UNTIED_ADAMW)),
     *(Case(layout, base) for layout in LAYOUTS[8:10] for base in ({}, UNTIED_ADAMW | TIED_SGD)),
     *(Case({"pp": 2, "schedule": schedule}, {"model__num_layers": 7}) for schedule in ("gpipe", "1f1b")),
-    *(Case({"pp": 4, "schedule": schedule, "micro_batch_size": 8}, TIED_SGD) for schedule in ("gpipe", "1f1b")),  # 1 micro-batch on 4 stages
+    *(Case({"pp": 4, "schedule": schedule, "micro_batch_size": 8}, TIED_SGD) for schedule in ("gpipe", "1f1b")),  # 1 micro-batch
     Case({"pp": 4, "micro_batch_size": 4}), Case({"pp": 2, "micro_batch_size": 1}, TIED_SGD | {"optimizer__momentum": 0.9}),
     Case({"tp": 2, "pp": 2, "micro_batch_size": 4}, {"model__bias": False}),
     Case({"tp": 4}, {"model__vocab_size": 5}),  # one rank owns no row of the vocabulary

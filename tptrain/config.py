@@ -359,7 +359,8 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.every": 0, "checkpoint.keep": 1,
 }  # fmt: skip
 
-_ABOVE_ZERO = ("model.norm_eps", "optimizer.eps", "optimizer.grad_clip", "hardware.peak_flops_per_second", "launch.timeout_seconds")
+_ABOVE_ZERO = ("model.norm_eps", "optimizer.eps", "launch.timeout_seconds")
+_ABOVE_ZERO_OR_NULL = ("optimizer.grad_clip", "hardware.peak_flops_per_second")
 _AT_MOST_ONE = ("lr_schedule.min_lr_ratio",)
 _BELOW_ONE = ("data.val_fraction", "optimizer.momentum")
 _INT_OR_AUTO = ("parallel.dp", "launch.threads_per_rank")
@@ -377,10 +378,10 @@ def _check_values(config: Config) -> None:
         value = _get(config, key)
         if value is not None and not value >= least:
             raise refuse(key, value, f"is below {least}", f"use {least} or more")
-    for key in _ABOVE_ZERO:
-        value = _get(config, key)
-        if value is not None and not value > 0:
-            raise refuse(key, value, "is not above 0", "use a positive number, or null where there is none")
+    for key in (*_ABOVE_ZERO, *_ABOVE_ZERO_OR_NULL):
+        value, or_null = _get(config, key), key in _ABOVE_ZERO_OR_NULL
+        if not (or_null and value is None) and not value > 0:
+            raise refuse(key, value, "is not above 0", f"use a positive number{', or null' * or_null}")
     for key in _AT_MOST_ONE:
         if _get(config, key) > 1:
             raise refuse(key, _get(config, key), "is above 1", "use a value from 0 to 1")

@@ -4,7 +4,8 @@ Each rank of a dp group keeps 1/dp of the fp32 weights, gradients and optimizer 
 step, stay gathered over all its micro-batches, and the gradients are summed over dp once, inside the last backward.
 The sum is no mean: the loss is already divided by the global token count.
 
-bf16 is `fully_shard`'s mixed precision: bf16 weights and activations, fp32 gradient sums.
+bf16 is `fully_shard`'s mixed precision: bf16 weights and activations, fp32 gradient sums. With dp=1 there is nothing to shard,
+and the layers make the bf16 copies of their fp32 weights themselves (`LabelledModule`), with the same arithmetic and fewer copies.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from tptrain.mesh import Mesh
 
 
 class DataParallel:
-    """The dp side of one stage. With dp=1 and fp32 there is nothing to do, and nothing is wrapped."""
+    """The dp side of one stage. With dp=1 nothing is wrapped."""
 
     def __init__(self, stage: nn.Module, units: list[nn.Module], mesh: Mesh, dtype: torch.dtype) -> None:
         """Wrap `stage` and, as separate all-gathers, each of `units` inside it."""
         self.modules: list[FSDPModule] = []
         self._syncing: bool | None = None
-        if mesh.dp_size == 1 and dtype == torch.float32:
+        if mesh.dp_size == 1:
             return
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
 

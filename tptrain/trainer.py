@@ -29,6 +29,7 @@ from tptrain.pipeline.transfer import Transfer, exchange_sum
 from tptrain.pipeline.validate import validate
 from tptrain.tensor_parallel.broadcast import broadcast_from_first
 from tptrain.tensor_parallel.cross_entropy import IGNORE_INDEX
+from tptrain.tensor_parallel.parameter import compute_in
 
 _EVALUATION_SEED = 0
 """The same for all runs: the held-out samples in a mixed order, so that a few batches already stand for all documents."""
@@ -69,6 +70,7 @@ class Trainer:
         self.stage = GPTStage(model, first_layer, last_layer, mesh.tp, mesh.device)
         initialise(self.stage, model, config.seed)
         self.dtype = _DTYPES[config.train.precision]
+        compute_in(self.stage, self.dtype)
         self.data_parallel = DataParallel(self.stage, list(self.stage.layers.values()), mesh, self.dtype)
         self.optimizer = build_optimizer(config.optimizer, self.stage)
 

@@ -20,7 +20,7 @@ from tptrain.model.norm import LayerNorm
 from tptrain.tensor_parallel.collectives import copy_to_group
 from tptrain.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from tptrain.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
-from tptrain.tensor_parallel.parameter import labelled_parameter, local
+from tptrain.tensor_parallel.parameter import LabelledModule, labelled_parameter
 
 
 class Block(nn.Module):
@@ -39,7 +39,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Positions(nn.Module):
+class Positions(LabelledModule):
     """Learned position embeddings, replicated. [b, s, h] -> [b, s, h]."""
 
     def __init__(self, model: ModelConfig, tp: DeviceMesh, device: torch.device) -> None:
@@ -48,7 +48,7 @@ class Positions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [b, s, h] -> x plus the embedding of each position."""
-        return x + local(self.weight)[: x.shape[1]]
+        return x + self.part("weight")[: x.shape[1]]
 
 
 class GPTStage(nn.Module):
@@ -93,7 +93,7 @@ class GPTStage(nn.Module):
         """x: [b, s, h] -> this rank's logits [b, s, vocab/tp]."""
         if self.head is not None:
             return self.head(x)
-        return F.linear(copy_to_group(x, self.group), local(self.embedding.weight))
+        return F.linear(copy_to_group(x, self.group), self.embedding.part("weight"))
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The sum of the tokens' losses in nats, an fp32 scalar equal on all tp ranks."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from tptrain.config import ModelConfig
-from tptrain.tensor_parallel.parameter import labelled_parameter, local
+from tptrain.tensor_parallel.parameter import LabelledModule, labelled_parameter
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(LabelledModule):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension. [..., h] -> [..., h]."""
 
     def __init__(self, model: ModelConfig, tp: DeviceMesh, device: torch.device) -> None:
@@ -22,4 +22,4 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., h] -> the same."""
-        return F.layer_norm(x, x.shape[-1:], local(self.weight), None if self.bias is None else local(self.bias), self.eps)
+        return F.layer_norm(x, x.shape[-1:], self.part("weight"), self.bias_part(), self.eps)

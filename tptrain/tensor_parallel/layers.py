@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from tptrain.tensor_parallel.collectives import copy_to_group, reduce_from_group
-from tptrain.tensor_parallel.parameter import labelled_parameter, local, shard_bounds
+from tptrain.tensor_parallel.parameter import LabelledModule, labelled_parameter, shard_bounds
 
 
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(LabelledModule):
     """y = x W^T + b with the outputs split over tp. x: [..., in], equal on all ranks -> y: [..., out/tp].
 
     Forward: no communication. Backward: all-reduce of x's gradient.
@@ -37,10 +37,10 @@ class ColumnParallelLinear(nn.Module):
 
     def share(self, x: Tensor) -> Tensor:
         """This rank's outputs for an x that `copy_to_group` already handed over: several layers may share one x."""
-        return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
+        return F.linear(x, self.part("weight"), self.bias_part())
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(LabelledModule):
     """y = x W^T + b with the inputs split over tp. x: [..., in/tp] -> y: [..., out], equal on all ranks.
 
     Forward: all-reduce of the partial products. Backward: no communication. The bias is replicated and is added once,
@@ -55,11 +55,12 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in/tp] -> [..., out]."""
-        y = reduce_from_group(F.linear(x, local(self.weight)), self.group)
-        return y if self.bias is None else y + local(self.bias)
+        y = reduce_from_group(F.linear(x, self.part("weight")), self.group)
+        bias = self.bias_part()
+        return y if bias is None else y + bias
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(LabelledModule):
     """Rows of a table that is split over the vocabulary. tokens: [...] int64 -> [..., h], equal on all ranks.
 
     Forward: each rank looks up the tokens it owns, zeros elsewhere, then all-reduce. Backward: no communication.
@@ -73,7 +74,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: [...] int64 -> [..., h]."""
-        weight = local(self.weight)
+        weight = self.part("weight")
         if self.group.size() == 1:
             return F.embedding(tokens, weight)
         elsewhere = (tokens < self.start) | (tokens >= self.stop)

@@ -44,13 +44,52 @@ def labelled_parameter(shape: Sequence[int], shard_dim: int | None, tp: DeviceMe
     return nn.Parameter(DTensor.from_local(values, tp, [placement], run_check=False, shape=whole.shape, stride=whole.stride()))
 
 
-def local(parameter: Tensor) -> Tensor:
-    """This rank's part of a labelled parameter, as a plain tensor that shares its memory.
+class LabelledModule(nn.Module):
+    """A layer with labelled parameters, which computes with this rank's parts of them in `compute_dtype`."""
 
-    Forward: the part. Backward: adds the part's gradient to `parameter.grad`, labelled as the parameter is. The addition is
-    made here, on plain tensors, as autograd's own on DTensors takes longer than a small layer.
+    compute_dtype = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._casts: dict[str, tuple[int, Tensor]] = {}
+
+    def part(self, name: str) -> Tensor:
+        """This rank's part of parameter `name`, a plain tensor in compute_dtype.
+
+        Forward: the part. Backward: adds the part's gradient to the parameter's, see `local`.
+        """
+        parameter = getattr(self, name)
+        values = local_part(parameter)
+        return local(parameter, values if values.dtype == self.compute_dtype else self._cast(name, values))
+
+    def bias_part(self) -> Tensor | None:
+        """`part("bias")`, or None for a layer without a bias."""
+        return None if self.bias is None else self.part("bias")
+
+    def _cast(self, name: str, values: Tensor) -> Tensor:
+        """`values` in compute_dtype: one copy for all micro-batches in flight, made anew when the values have changed."""
+        version, copy = self._casts.get(name, (-1, values))
+        if version != values._version:
+            copy = values.to(self.compute_dtype)
+            self._casts[name] = (values._version, copy)
+        return copy
+
+
+def compute_in(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let all labelled layers of `module` compute in `dtype`; their parameters stay as they are."""
+    for layer in module.modules():
+        if isinstance(layer, LabelledModule):
+            layer.compute_dtype = dtype
+
+
+def local(parameter: Tensor, values: Tensor | None = None) -> Tensor:
+    """This rank's part of a labelled parameter as a plain tensor; `values` stands in for it in another precision.
+
+    Forward: the part. Backward: adds the part's gradient to `parameter.grad`, labelled as the parameter is and in its dtype. The
+    addition is made here, on plain tensors, as autograd's own on DTensors takes longer than a small layer.
     """
-    return _Local.apply(parameter) if torch.is_grad_enabled() else local_part(parameter)
+    values = local_part(parameter) if values is None else values
+    return _Local.apply(parameter, values) if torch.is_grad_enabled() else values
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -63,17 +102,18 @@ def local_part(tensor: Tensor) -> Tensor:
 
 class _Local(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parameter: DTensor) -> Tensor:
+    def forward(ctx: Any, parameter: DTensor, values: Tensor) -> Tensor:
         ctx.parameter = parameter
-        return parameter.to_local().detach()
+        return values.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> None:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
         parameter = ctx.parameter
         if parameter.grad is not None:
             parameter.grad.to_local().add_(grad)
-            return
-        if grad.ndim < 2:  # a bias's gradient may be the very tensor that flows on to other layers
-            grad = grad.clone()
+            return None, None
+        # A bias's gradient may be the very tensor that flows on to other layers; a matrix's is made for it alone.
+        grad = grad.to(parameter.dtype, copy=grad.ndim < 2)
         shape, stride = parameter.shape, parameter.stride()
         parameter.grad = DTensor.from_local(grad, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
+        return None, None

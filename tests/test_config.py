@@ -1,0 +1,80 @@
+"""What `resolve` fills in, and what it refuses, by the arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support import small_config
+from tptrain.config import Config, ConfigError, resolve
+
+
+def unresolved(**changes: object) -> Config:
+    """A small config in which dp and the batch are still open."""
+    config = small_config()
+    config.parallel.dp, config.train.global_batch_size = "auto", None
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        setattr(getattr(config, group), name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("started", "devices", "dp"),
+    [(None, None, 1), (8, None, 2), (4, None, 1), (None, 8, 2), (None, 12, 3), (None, 5, 1)],
+)
+def test_dp_auto_is_processes_over_tp_pp(started: int | None, devices: int | None, dp: int) -> None:
+    config = resolve(unresolved(parallel__tp=2, parallel__pp=2), started, devices)
+    assert config.parallel.dp == dp
+    assert config.processes == 4 * dp
+
+
+def test_global_batch_size_follows_from_micro_batches() -> None:
+    config = resolve(unresolved(parallel__micro_batch_size=3, parallel__micro_batches=5, parallel__dp=2))
+    assert config.train.global_batch_size == 30
+
+
+def test_micro_batches_follow_from_global_batch_size() -> None:
+    config = resolve(unresolved(parallel__micro_batch_size=2, parallel__dp=2, train__global_batch_size=24))
+    assert config.parallel.micro_batches == 6
+
+
+def test_resolving_leaves_the_argument_alone() -> None:
+    config = unresolved()
+    resolve(config, started=1)
+    assert config.parallel.dp == "auto"
+
+
+@pytest.mark.parametrize(
+    ("changes", "started", "devices", "message"),
+    [
+        ({"parallel__tp": 3}, None, None, "parallel.tp=3 does not divide model.num_heads=4: use 1, 2 or 4"),
+        ({"parallel__tp": 2, "model__ffn_hidden_size": 63}, None, None, "parallel.tp=2 does not divide model.ffn_hidden_size=63: use 1"),
+        ({"model__hidden_size": 30}, None, None, "model.num_heads=4 does not divide model.hidden_size=30: use 1, 2, 3, 5, 6 or 10"),
+        ({"parallel__pp": 5}, None, None,
+         "parallel.pp=5 needs a layer a stage, but model.num_layers=4: use parallel.pp=4 or less, or model.num_layers=5 or more"),
+        ({"data__seq_len": 17}, None, None,
+         "data.seq_len=17 is over model.max_seq_len=16: use data.seq_len=16 or less, or a larger model.max_seq_len"),
+        ({"parallel__tp": 2, "parallel__dp": 3}, 4, None,
+         "parallel.dp=3 gives tp 2 x pp 1 x dp 3 = 6 processes, but 4 were started: use parallel.dp=2"),
+        ({"parallel__tp": 4}, 6, None, "parallel.dp=1 gives tp 4 x pp 1 x dp 1 = 4 processes, but 6 were started: start 4 processes"),
+        ({"parallel__dp": 4}, None, 2,
+         "parallel.dp=4 gives tp 1 x pp 1 x dp 4 = 4 processes, but this machine has 2 GPUs: use parallel.dp=2"),
+        ({"train__global_batch_size": 7, "parallel__dp": 1}, None, None,
+         "train.global_batch_size=7 is no multiple of micro_batch_size 2 x dp 1 = 2: use 6 or 8"),
+        ({"optimizer__lr": -1.0}, None, None, "optimizer.lr=-1.0 is below 0: use 0 or more"),
+        ({"optimizer__lr": float("nan")}, None, None, "optimizer.lr=nan is below 0: use 0 or more"),
+        ({"optimizer__betas": [0.9]}, None, None, "optimizer.betas=[0.9] is not two numbers from 0 up to 1: use [0.9,0.95]"),
+        ({"parallel__dp": "two"}, None, None, "parallel.dp=two is neither auto nor a positive integer: use auto, 1, 2, ..."),
+        ({"parallel__schedule": "1f2b"}, None, None, "parallel.schedule=1f2b is unknown: use one of gpipe, 1f1b"),
+        ({"parallel__recompute": "full"}, None, None, "parallel.recompute=full is not available: use none"),
+        ({"train__compile": True}, None, None, "train.compile=true is not available: use false"),
+        ({"model__num_kv_heads": 2}, None, None, "model.num_kv_heads=2 is not available: use null or 4"),
+        ({"launch__timeout_seconds": 0.0}, None, None, "launch.timeout_seconds=0.0 is not above 0: use a positive number"),
+        ({"optimizer__grad_clip": 0.0}, None, None, "optimizer.grad_clip=0.0 is not above 0: use a positive number, or null"),
+        ({"data__val_fraction": 1.0}, None, None, "data.val_fraction=1.0 is not below 1: use a value from 0 up to, not including, 1"),
+    ],
+)  # fmt: skip
+def test_refusals_name_key_value_rule_and_remedy(changes: dict, started: int | None, devices: int | None, message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        resolve(unresolved(**changes), started, devices)
+    assert str(refusal.value) == message

@@ -1,0 +1,55 @@
+"""The README's commands are real: they compose, and its make targets exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tptrain.cli import CONF, compose
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.partition("#")[0].strip()
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    for line in page.read_text().splitlines()
+    if re.match(r"^    (\$ )?tptrain", line) and not line.strip().startswith("tptrain:")
+]
+OPENINGS = [re.sub(r"^# @package.*\n", "", path.read_text()).splitlines()[0].removeprefix("# ") for path in CONF.rglob("*.yaml")]
+
+
+def arguments(command: str) -> list[str]:
+    """The overrides of a command line, `torchrun ... -m tptrain` included."""
+    words = shlex.split(command.removeprefix("$ "))
+    return words[words.index("tptrain") + 1 :]
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS, *OPENINGS}))
+def test_a_command_of_the_docs_composes(command: str) -> None:
+    overrides = [word for word in arguments(command.partition("   ")[0]) if "hydra." not in word]
+    config = compose(overrides)
+    assert config.model.num_layers > 0
+
+
+def test_the_two_commands_come_first_and_exist() -> None:
+    code = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    ")]
+    assert code[:2] == ["make run", "make test"]
+    for command in code[:2]:
+        planned = subprocess.run(["make", "--dry-run", command.split()[1]], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        assert ".venv/bin/" in planned
+
+
+def test_the_tables_of_options_are_complete() -> None:
+    for group in (path for path in CONF.iterdir() if path.is_dir()):
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{group.name}` |"))
+        assert set(re.findall(r"`([^`]+)`", row)[1].split()) == {path.stem for path in group.glob("*.yaml")}
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
