@@ -1,6 +1,6 @@
 """fp32 against bf16 training of gpt_125m on this machine, one process.
 
-    python -m benchmarks.precision [--rounds 5] [--threads 2]
+python -m benchmarks.precision [--rounds 5] [--threads 2]
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ def skewed_tokens(count: int, vocab_size: int, seed: int = 0) -> np.ndarray:
 SMALL = [
     "hardware=cpu", "wandb=disabled", "data=memorize", "data.seq_len=16", "data.num_sequences=64", "data.vocab_size=64",
     "model.vocab_size=64", "model.hidden_size=32", "model.num_layers=4", "model.num_heads=4", "model.ffn_hidden_size=64",
-    "model.max_seq_len=16", "parallel.micro_batch_size=2", "parallel.micro_batches=4", "train.log_every=1", "train.eval_every=5", "train.eval_steps=1",
+    "model.max_seq_len=16", "parallel.micro_batch_size=2", "parallel.micro_batches=4",
+    "train.global_batch_size=8", "train.log_every=1", "train.eval_every=5", "train.eval_steps=1",
 ]  # fmt: skip
 """The same small model on the command line, with random sequences to memorize."""

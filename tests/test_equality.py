@@ -78,11 +78,12 @@ def train_case(rank: int, cases: list[tuple[str, Any]]) -> dict[str, Any]:
             return {n: p.detach().full_tensor().clone() for n, p in trainer.stage.named_parameters() if isinstance(p, DTensor)}
 
         start = {n: hashlib.sha256(w.numpy().tobytes()).hexdigest() for n, w in whole().items()}
-        steps = [trainer.step() for _ in range(STEPS)]
+        steps = [trainer.step() for _ in range(STEPS // 2)]
+        val_loss = [trainer.evaluate(), trainer.evaluate()]
+        steps += [trainer.step() for _ in range(STEPS // 2)]
         results[name] = {
             "start": start, "loss": [s.loss for s in steps], "grad_norm": [s.grad_norm for s in steps],
-            "end": {n: w.norm().item() for n, w in whole().items()}, "val_loss": trainer.evaluate(),
-            "val_again": trainer.evaluate(),
+            "end": {n: w.norm().item() for n, w in whole().items()}, "val_loss": [*val_loss, trainer.evaluate()],
         }  # fmt: skip
     return results
 
@@ -111,7 +112,8 @@ def test_layout_equals_one_process(case: Case, serial: dict[str, Any], parallel:
     expected, ranks = serial[repr(case.base)], parallel[case.name]
     assert len(set(expected["loss"])) == STEPS, "the twin must train"
     assert expected["loss"][-1] < expected["loss"][0]
-    assert min(expected["grad_norm"]) > 0.5, "clipping must be at work"
+    clipped = [norm for norm in expected["grad_norm"] if norm > 0.5]  # optimizer.grad_clip of the small config
+    assert len(clipped) >= STEPS // 2, "clipping must be at work"
     names = set()
     for result in ranks:
         names |= result["start"].keys()
@@ -119,7 +121,7 @@ def test_layout_equals_one_process(case: Case, serial: dict[str, Any], parallel:
         assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
         assert result["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
-        assert result["val_again"] == result["val_loss"], "an evaluation must change nothing"
+        assert result["val_loss"][0] == result["val_loss"][1], "an evaluation must change nothing"
         for name, norm in result["end"].items():
             if not name.endswith("k.bias"):  # its exact gradient is zero (softmax ignores a shift), and Adam scales what rounding leaves
                 assert norm == pytest.approx(expected["end"][name], rel=1e-4, abs=1e-6), name

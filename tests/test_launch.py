@@ -139,7 +139,7 @@ def test_sigterm_stops_all_ranks(run_dir: Path):
     outcome = finish(process)
     assert (outcome.code, outcome.err) == (1, "tptrain: stopped by SIGTERM\n")
     assert outcome.seconds < 5  # 0.3 s alone on the machine
-    assert _status(run_dir)["state"] == "stopped"
+    assert _status(run_dir)["state"] == "failed"
 
 
 def test_a_second_sigint_ends_ranks_that_do_not_listen(run_dir: Path):
@@ -168,7 +168,7 @@ def test_sigint_stops_the_only_process(run_dir: Path):
     process.send_signal(signal.SIGINT)
     outcome = finish(process)
     assert (outcome.code, outcome.err) == (1, "tptrain: stopped by SIGINT\n")
-    assert _status(run_dir)["state"] == "stopped"
+    assert _status(run_dir)["state"] == "failed"
 
 
 # ---- the parts -------------------------------------------------------------------------------------------

@@ -76,25 +76,19 @@ def test_the_loss_starts_at_chance_and_falls(unbroken: Path) -> None:
     assert run[-1][1] < run[0][1]
 
 
-@pytest.mark.parametrize("layout", ["single", "tp2_pp2"])
-def test_killed_in_mid_run_goes_on_bit_equal(layout: str, unbroken: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["single", "tp2_pp2", "dp2"])
+def test_killed_in_mid_run_goes_on_bit_equal(layout: str, tmp_path: Path) -> None:
     """SIGKILL of everything, then the same command again: the losses are those of a run that was never killed."""
-    reference = unbroken
-    if layout != "single":
-        reference = tmp_path / "reference"
-        assert (
-            command(tmp_path, *arguments(reference, f"parallel={layout}", "parallel.micro_batch_size=2", "parallel.micro_batches=4")).code
-            == 0
-        )
-    more = () if layout == "single" else (f"parallel={layout}", "parallel.micro_batch_size=2", "parallel.micro_batches=4")
-    run_dir = tmp_path / "run"
-    process = start_run(tmp_path, run_dir, *more)
-    wait_until(lambda: len(read_metrics(run_dir)) >= 10 if (run_dir / "metrics.jsonl").exists() else False, 60)
+    longer = [f"parallel={layout}", f"train.max_steps={4 * STEPS}", "train.eval_every=40"]  # so that the kill comes well before the end
+    reference, run_dir = tmp_path / "reference", tmp_path / "run"
+    assert command(tmp_path, *arguments(reference, *longer)).code == 0
+    process = start_run(tmp_path, run_dir, *longer)
+    wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len(read_metrics(run_dir)) >= 10, 60)
     kill_all(process, run_dir)
     assert (run_dir / "checkpoints/latest").exists()
     killed_at = losses(run_dir)[-1][0]
-    assert killed_at < STEPS, "it was to be killed before its end"
-    outcome = command(tmp_path, *arguments(run_dir, f"parallel={layout}"))
+    assert killed_at < 4 * STEPS, "it was to be killed before its end"
+    outcome = command(tmp_path, *arguments(run_dir, *longer))
     assert outcome.code == 0, outcome.err
     assert "continues after" in outcome.out
     assert losses(run_dir) == losses(reference)
@@ -124,6 +118,35 @@ def test_killed_while_saving_loads_the_last_complete_checkpoint(unbroken: Path, 
     assert not list((run_dir / "checkpoints").glob("*.partial"))
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["model.num_layers=2"], "model.num_layers=2 differs from 4 of"),
+        (["optimizer=sgd"], "optimizer.name=sgd differs from adamw of"),
+        (["data.seq_len=8"], "data.seq_len=8 differs from 16 of"),
+        (["checkpoint.resume=never"], "checkpoint.resume=never would overwrite"),
+        (["checkpoint.resume=nowhere"], "checkpoint.resume=nowhere is no checkpoint folder"),
+    ],
+)
+def test_a_start_that_makes_no_sense_is_refused(more: list[str], message: str, unbroken: Path) -> None:
+    """Another model, optimizer or data in the same run folder; or a start that would overwrite what is there."""
+    before = (unbroken / "metrics.jsonl").read_bytes()
+    outcome = command(unbroken.parent, *arguments(unbroken, *more))
+    assert outcome.code == 2, outcome.err
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert (unbroken / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_diverges_fails_and_saves_nothing(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    outcome = command(tmp_path, *arguments(run_dir, "optimizer=sgd", "optimizer.lr=1e30", "optimizer.grad_clip=null"))
+    assert outcome.code == 1
+    assert "training has diverged" in outcome.err
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
+    assert not list((run_dir / "checkpoints").glob("step-*"))
+
+
 def test_another_layout_goes_on_from_the_checkpoint(unbroken: Path, tmp_path: Path) -> None:
     """Saved by one process, resumed by tp2 x pp2: the losses go on as if nothing had changed."""
     first = tmp_path / "first"
@@ -148,13 +171,13 @@ def test_the_same_text_is_written_by_every_layout(tmp_path: Path) -> None:
     texts = []
     memorize = ("data=memorize", "data.num_sequences", "data.vocab_size")
     more = ["data=text", f"data.path={page}", "model.vocab_size=257", "train.sample_tokens=60", "train.max_steps=10", "optimizer.lr=1e-2"]
-    for layout in ("single", "tp2_pp2"):
+    for layout in ("single", "tp2_pp2", "dp2"):
         run = [argument for argument in arguments(tmp_path / layout, f"parallel={layout}", *more) if not argument.startswith(memorize)]
         outcome = command(tmp_path, *run)
         assert outcome.code == 0, outcome.err
         texts.append(outcome.out.partition("The model writes:")[2].partition("done ")[0])
     assert len(texts[0].strip()) > 20
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_a_rank_that_raises_in_mid_step(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The command: `tptrain [verb] [Hydra overrides]`, where no verb means `train`.
 
 Hydra runs once, here, and a verb gets the composed config and the run folder. What cannot run is refused with one
-line on stderr and exit code 2, before torch is imported. Exit codes: 0 done, 1 failed or stopped, 2 refused.
+line on stderr and exit code 2, before torch is imported. Exit codes: 0 done, 1 failed (a signal included), 2 refused.
 """
 
 from __future__ import annotations

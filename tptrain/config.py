@@ -234,6 +234,12 @@ class Config:
     launch: LaunchConfig
 
     @property
+    def batch_size(self) -> int:
+        """Sequences of a step over all ranks, of a resolved config."""
+        assert self.train.global_batch_size is not None
+        return self.train.global_batch_size
+
+    @property
     def processes(self) -> int:
         """Ranks of the resolved layout."""
         return self.parallel.tp * self.parallel.pp * int(self.parallel.dp)

@@ -55,7 +55,7 @@ def start(config: Config, run_dir: Path, place: Place | None) -> float | None:
         try:
             return ranks.inline(job) if config.processes == 1 else _spawn(job)
         except Stopped as stop:
-            ranks.write_status(run_dir, "stopped", str(stop))
+            ranks.write_status(run_dir, "failed", str(stop))
             raise
         except Exception as error:
             told = isinstance(error, (JobFailed, ConfigError))

@@ -35,6 +35,8 @@ class Mesh:
     """Activations travel here, from each stage to the next."""
     pp_backward: dist.ProcessGroup
     """Gradients travel here. Two groups, so that on NCCL neither direction queues behind the other."""
+    embedding: dist.ProcessGroup | None
+    """The first and the last stage of this rank's pipeline, which share a tied embedding; None on other stages and with pp=1."""
     pp_ranks: tuple[int, ...]
     """Global ranks of this rank's pipeline, by stage."""
     ranks: list[list[list[int]]]
@@ -93,7 +95,7 @@ def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: 
 
     def group(lines: torch.Tensor, name: str) -> dist.ProcessGroup:
         mine, _ = dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout, group_desc=name)
-        return mine
+        return mine  # None on ranks that are in none of the lines
 
     tp_group = group(grid.reshape(-1, parallel.tp), "tp")
     dp_group = group(grid.transpose(1, 2).reshape(-1, int(parallel.dp)), "dp")
@@ -101,7 +103,7 @@ def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: 
     dp_tp = DeviceMesh.from_group([dp_group, tp_group], device.type, mesh=grid[pp], mesh_dim_names=("dp", "tp"))
     world = dist.group.WORLD
     assert world is not None, "the process group must exist before the mesh"
-    return Mesh(
+    mesh = Mesh(
         device=device,
         world=world,
         tp=dp_tp["tp"],
@@ -109,6 +111,23 @@ def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: 
         dp_tp=dp_tp,
         pp_forward=group(pipelines, "pp forward"),
         pp_backward=group(pipelines, "pp backward"),
+        embedding=group(pipelines[:, [0, -1]], "embedding") if parallel.pp > 1 else None,
         pp_ranks=tuple(grid[:, dp, tp].tolist()),
         ranks=grid.tolist(),
     )
+    _connect(mesh)
+    return mesh
+
+
+def _connect(mesh: Mesh) -> None:
+    """Let neighbouring stages speak once in each direction.
+
+    NCCL connects a pair at its first message, and that blocks both: in the middle of a schedule it could end in a deadlock.
+    """
+    stage = mesh.pp_rank
+    for group, source, target in ((mesh.pp_forward, stage - 1, stage + 1), (mesh.pp_backward, stage + 1, stage - 1)):
+        token = torch.zeros(1, device=mesh.device)
+        if 0 <= source < mesh.pp_size:
+            dist.recv(token, mesh.pp_ranks[source], group=group)
+        if 0 <= target < mesh.pp_size:
+            dist.send(token, mesh.pp_ranks[target], group=group)

@@ -28,7 +28,7 @@ class Report:
 
     def __init__(self, config: Config, mesh: Mesh, trainer: Trainer, run_dir: Path, store: TokenStore) -> None:
         self.config, self.mesh, self.run_dir = config, mesh, run_dir
-        self.tokens_per_step = (config.train.global_batch_size or 0) * config.data.seq_len
+        self.tokens_per_step = config.batch_size * config.data.seq_len
         self.speaks = dist.get_rank() == 0
         parameters = self.gather(sum(p.numel() for p in map(local_part, trainer.stage.parameters())))
         if not self.speaks:
@@ -56,13 +56,13 @@ class Report:
             dist.all_reduce(values, group=self.mesh.world)
         return values.tolist()
 
-    def step(self, step: int, result: StepResult, step_seconds: float | None) -> None:
-        """Log a training step; step_seconds: mean over the steps since the last logged one."""
+    def step(self, step: int, result: StepResult, step_seconds: float | None, samples: int) -> None:
+        """Log a training step; step_seconds: mean over the steps since the last logged one. samples: read since the start."""
         peak_memory = max(self.gather(peak_memory_bytes(self.mesh.device.type)))
         if self.speaks:
             record = train_record(
                 step=step,
-                tokens=step * self.tokens_per_step,
+                tokens=samples * self.config.data.seq_len,
                 loss=result.loss,
                 grad_norm=result.grad_norm,
                 lr=result.lr,
@@ -107,12 +107,12 @@ class Report:
             run_dir=self.run_dir,
         )
 
-    def close(self) -> None:
+    def close(self, done: bool) -> None:
         """Let go of the terminal and the files, however the run ended."""
         if self.speaks:
             self.console.close()
             self.metrics.close()
-            self.wandb.finish()
+            self.wandb.finish(exit_code=0 if done else 1)
 
     def _log(self, record: Record) -> None:
         self.metrics.write(record)

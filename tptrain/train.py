@@ -15,6 +15,7 @@ from tptrain.config import Config
 from tptrain.data.store import TokenStore
 from tptrain.data.tokenizers import load_tokenizer
 from tptrain.mesh import build_mesh
+from tptrain.monitor.peak_memory import reset_peak_memory
 from tptrain.monitor.step_timer import StepTimer
 from tptrain.report import Report
 from tptrain.trainer import Trainer
@@ -26,6 +27,7 @@ def train(config: Config, run_dir: Path, store_dir: Path) -> float | None:
     config: resolved. store_dir: the token store. Returns the last validation loss in nats a token, or None.
     """
     began = time.perf_counter()
+    reset_peak_memory()
     device = torch.device("cuda", torch.cuda.current_device()) if config.hardware.device == "cuda" else torch.device("cpu")
     mesh = build_mesh(config.parallel, device, config.launch.timeout_seconds)
     store = TokenStore.open(store_dir)
@@ -33,30 +35,33 @@ def train(config: Config, run_dir: Path, store_dir: Path) -> float | None:
     resume(trainer, run_dir)
     max_steps = config.train.max_steps
     report = Report(config, mesh, trainer, run_dir, store)
-    timer, val_loss, result = StepTimer(), None, None
+    timer, val_loss, result, done = StepTimer(), None, None, False
     try:
         timer.start()
         while trainer.steps_done < max_steps:
             result = trainer.step()
             step, last = trainer.steps_done, trainer.steps_done == max_steps
-            logged = last or step % config.train.log_every == 0
-            if logged:
+            logs = last or is_due(step, config.train.log_every)
+            evaluates = config.train.eval_steps > 0 and (last or is_due(step, config.train.eval_every))
+            saves = last or is_due(step, config.checkpoint.every)
+            if logs or evaluates or saves:
                 result.wait()  # for the device, so that the clock stops after the step
             timer.step()
             with timer.paused():
-                if logged:
-                    report.step(step, result, timer.take())
-                if config.train.eval_steps and (last or is_due(step, config.train.eval_every)):
+                if logs:
+                    report.step(step, result, timer.take(), trainer.samples_done)
+                if evaluates:
                     val_loss = trainer.evaluate()
                     report.evaluation(step, val_loss)
-                if last or is_due(step, config.checkpoint.every):
+                if saves:
                     save_checkpoint(trainer, run_dir)
                     report.saved(step)
         if config.train.sample_tokens and result is not None:
             report.sample(write_text(trainer, config))
         report.finish(trainer.steps_done, result, val_loss, timer.overall(), time.perf_counter() - began)
+        done = True
     finally:
-        report.close()
+        report.close(done)
     return val_loss
 
 

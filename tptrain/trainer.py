@@ -6,6 +6,7 @@ sum, one norm over the whole model, clipping, the optimizer.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,11 +26,11 @@ from tptrain.optim.optimizers import build_optimizer, set_lr
 from tptrain.pipeline.engine import PipelineEngine
 from tptrain.pipeline.partition import even_partition
 from tptrain.pipeline.schedules import SCHEDULES, forward_only, with_transfers
-from tptrain.pipeline.transfer import Transfer, exchange_sum
+from tptrain.pipeline.transfer import Transfer
 from tptrain.pipeline.validate import validate
 from tptrain.tensor_parallel.broadcast import broadcast_from_first
 from tptrain.tensor_parallel.cross_entropy import IGNORE_INDEX
-from tptrain.tensor_parallel.parameter import compute_in
+from tptrain.tensor_parallel.parameter import compute_in, drop_copies, local_part
 
 _EVALUATION_SEED = 0
 """The same for all runs: the held-out samples in a mixed order, so that a few batches already stand for all documents."""
@@ -45,8 +46,9 @@ class StepResult:
     lr: float
 
     def wait(self) -> None:
-        """Return once the device has done the step."""
-        self.totals.tolist()
+        """Return once the device has done the step. Raises FloatingPointError, on all ranks alike, where the numbers are no numbers."""
+        if not all(map(math.isfinite, self.totals.tolist())):
+            raise FloatingPointError(f"the loss is {self.loss} and the gradient norm {self.grad_norm}: training has diverged")
 
     @property
     def loss(self) -> float:
@@ -88,9 +90,10 @@ class Trainer:
 
     def step(self) -> StepResult:
         """One optimizer step on the next global batch."""
+        drop_copies(self.stage)
         inputs, targets = self._micro_batches(self.train_data, self.samples_done)
         tokens = self._count_tokens(targets)
-        loss = self.engine.train(self.actions, inputs, targets, 1.0 / float(tokens.clamp(min=1)), self.data_parallel.before_backward)
+        loss = self.engine.train(self.actions, inputs, targets, 1 / tokens.clamp(min=1), self.data_parallel.before_backward)
         self._sum_tied_embedding()
         totals = self._totals(loss, tokens)
 
@@ -98,7 +101,7 @@ class Trainer:
         if self.config.optimizer.grad_clip is not None:
             scale_gradients(gradients, clip_scale(totals[0].sqrt(), self.config.optimizer.grad_clip))
         self.steps_done += 1
-        self.samples_done += self.config.train.global_batch_size or 0
+        self.samples_done += self.config.batch_size
         lr = learning_rate(self.steps_done, self.config.lr_schedule, self.config.optimizer.lr, self.config.train.max_steps)
         set_lr(self.optimizer, lr)
         self.optimizer.step()
@@ -117,13 +120,11 @@ class Trainer:
 
     def _sum_tied_embedding(self) -> None:
         """Add the gradients of the embedding's two copies, one as the table and one as the head, on both."""
-        if not self.config.model.tie_embeddings or self.mesh.pp_size == 1 or not (self.stage.is_first or self.stage.is_last):
+        if not self.config.model.tie_embeddings or self.mesh.embedding is None:
             return
         gradient = self.stage.embedding.weight.grad
         assert gradient is not None
-        part = gradient.to_local()  # type: ignore[attr-defined]
-        peer = self.mesh.pp_ranks[-1 if self.stage.is_first else 0]
-        part.copy_(exchange_sum(part, peer, self.mesh.pp_forward))
+        dist.all_reduce(local_part(gradient), group=self.mesh.embedding)
 
     def _totals(self, loss: Tensor, tokens: Tensor) -> Tensor:
         """Squared gradient norm, summed loss and tokens of the whole job, fp64 [3]: one all-reduce over all ranks."""
@@ -145,10 +146,11 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Mean loss in nats a token over eval_steps global batches of the validation data, or all of it: always the same samples."""
-        parallel, batch = self.config.parallel, self.config.train.global_batch_size or 0
+        parallel, batch = self.config.parallel, self.config.batch_size
         actions = with_transfers(forward_only(self.mesh.pp_size, parallel.micro_batches))[self.mesh.pp_rank]
         totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         assert self.val_data is not None, "train.eval_steps is 0"
+        drop_copies(self.stage)
         samples = self.val_data.samples_per_epoch
         for first in range(0, min(self.config.train.eval_steps * batch, samples), batch):
             inputs, targets = self._micro_batches(self.val_data, first, samples)
@@ -164,6 +166,7 @@ class Trainer:
     @torch.no_grad()
     def sample(self, prompt: list[int], count: int, end: int, temperature: float = 0.8) -> list[int]:
         """Up to `count` tokens that follow `prompt`, ended by token `end`; the same on every rank."""
+        drop_copies(self.stage)
         generator = torch.Generator().manual_seed(self.config.seed)
         tokens = list(prompt)
         actions = with_transfers(forward_only(self.mesh.pp_size, 1))[self.mesh.pp_rank]
@@ -206,7 +209,7 @@ class Trainer:
         """
         if not (self.stage.is_first or self.stage.is_last):
             return None, None
-        rows = (self.config.train.global_batch_size or 0) // self.mesh.dp_size
+        rows = (self.config.batch_size) // self.mesh.dp_size
         first += rows * self.mesh.dp_rank
         batch = torch.full((rows, self.config.data.seq_len + 1), IGNORE_INDEX, device=self.mesh.device)
         if self.mesh.tp_rank == 0:

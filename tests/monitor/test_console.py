@@ -120,8 +120,8 @@ def test_the_banner_says_what_runs(config):
 def test_the_grid_of_two_copies(config):
     config.parallel.dp = 2
     console, file = make(config, width=60)
-    console.banner({"ranks": [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]})
-    grid = "            copy 0   copy 1", "stage 0  [0 1]    [4 5]", "stage 1  [2 3]    [6 7]"
+    console.banner({"ranks": [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]})
+    grid = "            copy 0   copy 1", "stage 0  [0 1]    [2 3]", "stage 1  [4 5]    [6 7]"
     assert [line.strip() for line in grid] == [line.strip() for line in file.getvalue().splitlines() if "copy " in line or "stage " in line]
 
 
@@ -129,7 +129,7 @@ def test_the_grid_of_two_copies(config):
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (8, 16, 64), (1, 1, 1000), (2, 1, 4)])
 def test_the_grid_of_any_layout_fits_in_60_columns(config, sizes, numbered):
     tp, pp, dp = config.parallel.tp, config.parallel.pp, config.parallel.dp = sizes
-    ranks = [[[(copy * pp + stage) * tp + rank for rank in range(tp)] for copy in range(dp)] for stage in range(pp)]
+    ranks = [[[(stage * dp + copy) * tp + rank for rank in range(tp)] for copy in range(dp)] for stage in range(pp)]
     console, file = make(config, width=60)
     console.banner({"tokens seen": 3, **({"ranks": ranks} if numbered else {})})
     grid = [line for line in file.getvalue().splitlines() if "stage " in line or "copy " in line]

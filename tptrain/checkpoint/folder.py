@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ from tptrain.files import sync_folder, write_atomically
 
 _COMPLETE = re.compile(r"step-(\d{8})")
 STATE_FILE = "state.json"
+_MUST_EQUAL = {
+    "model": (
+        "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_hidden_size", "max_seq_len",
+        "position", "norm", "activation", "bias", "tie_embeddings",
+    ),
+    "optimizer": ("name", "momentum"),
+    "data": ("source", "seq_len"),
+}  # fmt: skip
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -37,17 +46,37 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def find_start(config: Config, run_dir: Path) -> Path | None:
-    """The checkpoint that a run starts from by `checkpoint.resume`, or None. Raises ConfigError if there is none there."""
-    resume = config.checkpoint.resume
-    if resume == "never":
-        return None
+    """The checkpoint that a run starts from by `checkpoint.resume`, or None.
+
+    Raises ConfigError where there is none, where it is of another model, optimizer or data, or where the run folder holds later
+    checkpoints, which the run would overwrite.
+    """
+    resume, complete = config.checkpoint.resume, complete_checkpoints(run_dir)
+    start: Path | None = None
     if resume == "auto":
-        complete = complete_checkpoints(run_dir)
-        return complete[-1] if complete else None
-    path = Path(resume)
-    if not (path / STATE_FILE).is_file():
-        raise refuse("checkpoint.resume", resume, "is no checkpoint folder", "use auto, never or the path of a checkpoints/step-* folder")
-    return path
+        start = complete[-1] if complete else None
+    elif resume != "never":
+        start = Path(resume)
+        if not (start / STATE_FILE).is_file():
+            remedy = "use auto, never or the path of a checkpoints/step-* folder"
+            raise refuse("checkpoint.resume", resume, "is no checkpoint folder", remedy)
+    if start is not None:
+        _check_same_training(config, start)
+    if complete and read_state(complete[-1])["step"] > (read_state(start)["step"] if start else 0):
+        rule = f"would overwrite {complete[-1]}, which is further"
+        raise refuse("checkpoint.resume", resume, rule, "use checkpoint.resume=auto, or another hydra.run.dir")
+    return start
+
+
+def _check_same_training(config: Config, start: Path) -> None:
+    """Refuse a checkpoint whose tensors or sample numbers mean something else under this config."""
+    saved, asked = read_state(start)["config"], asdict(config)
+    for group, names in _MUST_EQUAL.items():
+        for name in names:
+            if asked[group][name] != saved[group][name]:
+                rule = f"differs from {saved[group][name]} of {start}"
+                remedy = f"use {group}.{name}={saved[group][name]}, or another hydra.run.dir"
+                raise refuse(f"{group}.{name}", asked[group][name], rule, remedy)
 
 
 def publish(partial: Path, state: dict[str, Any]) -> Path:
@@ -55,7 +84,7 @@ def publish(partial: Path, state: dict[str, Any]) -> Path:
     final = partial.with_name(partial.name.removesuffix(".partial"))
     write_atomically(partial / STATE_FILE, (json.dumps(state, indent=2) + "\n").encode())
     if final.exists():
-        shutil.rmtree(final)
+        _delete(final)
     partial.rename(final)
     sync_folder(final.parent)
     write_atomically(final.parent / "latest", f"{final.name}\n".encode())
@@ -71,8 +100,14 @@ def read_state(folder: Path) -> dict[str, Any]:
 def rotate(run_dir: Path, keep: int) -> None:
     """Delete all but the `keep` newest complete checkpoints, and what killed runs left."""
     for path in complete_checkpoints(run_dir)[:-keep]:
-        doomed = path.with_name(path.name + ".deleted")
-        path.rename(doomed)  # first, so that no half-deleted folder bears a complete one's name
-        shutil.rmtree(doomed)
+        _delete(path)
     for leftover in (run_dir / "checkpoints").glob("step-*.*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _delete(complete: Path) -> None:
+    """Delete a complete checkpoint. Renamed first, so that no half-deleted folder bears a complete one's name."""
+    doomed = complete.with_name(complete.name + ".deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    complete.rename(doomed)
+    shutil.rmtree(doomed)

@@ -7,7 +7,9 @@ layout loads what any other saved. Everything else is a few numbers in `state.js
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 
 from tptrain.checkpoint.folder import checkpoint_folder, partial_folder, publish, read_state, rotate
 
@@ -39,8 +42,10 @@ def save(
     if first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    # The others write only after rank 0, which plans for all, has entered the save.
-    dcp.save(training_tensors(stage, optimizer, skip), storage_writer=dcp.FileSystemWriter(partial, sync_files=True), process_group=world)
+    dist.barrier(group=world)  # each rank's writer makes the folder where it finds none
+    with _plain_errors(f"saving {final} failed"):
+        writer = dcp.FileSystemWriter(partial, sync_files=True)
+        dcp.save(training_tensors(stage, optimizer, skip), storage_writer=writer, process_group=world)
     if first:
         publish(partial, state)
         rotate(run_dir, keep)
@@ -51,7 +56,8 @@ def save(
 def load(folder: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, world: dist.ProcessGroup) -> dict[str, Any]:
     """Fill a stage and its optimizer from a checkpoint of any layout. All ranks call this. Returns the saved state."""
     materialise_state(optimizer)
-    dcp.load(training_tensors(stage, optimizer, set()), storage_reader=dcp.FileSystemReader(folder), process_group=world)
+    with _plain_errors(f"loading {folder} failed"):
+        dcp.load(training_tensors(stage, optimizer, set()), storage_reader=dcp.FileSystemReader(folder), process_group=world)
     return read_state(folder)
 
 
@@ -77,3 +83,13 @@ def materialise_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+
+
+@contextlib.contextmanager
+def _plain_errors(what: str) -> Iterator[None]:
+    """Turn CheckpointException, which is no Exception and lists every rank's trace, into a RuntimeError with the first cause."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        raise RuntimeError(f"{what} on rank {rank}: {type(cause).__name__}: {cause}") from cause

@@ -118,7 +118,7 @@ def _check_vocabulary(config: Config, tokenizer: ByteTokenizer | None) -> None:
 
 
 def _check_length(config: Config, store: TokenStore) -> None:
-    """Whether each split that will be read has one sequence; with val_fraction=0 there is no validation split to read."""
+    """Whether each split that will be read has one sequence; with eval_steps=0 the validation split is not read."""
     data, needed = config.data, config.data.seq_len + 1
     sum_text = f"a sequence needs data.seq_len + 1 = {needed}"
     if store.train.num_tokens < needed:
@@ -127,7 +127,7 @@ def _check_length(config: Config, store: TokenStore) -> None:
         raise refuse("data.seq_len", data.seq_len, f"is too long for the train split: {sum_text} tokens, and it has {found}",
                      f"use {shorter}more text")  # fmt: skip
     found = store.val.num_tokens
-    if data.val_fraction > 0 and config.train.eval_steps > 0 and found < needed:
+    if config.train.eval_steps > 0 and found < needed:
         shorter = f"data.seq_len={found - 1} or less, " if found > 1 else ""
         raise refuse("data.val_fraction", data.val_fraction, f"leaves the val split {found} tokens, but {sum_text}",
                      f"use a larger data.val_fraction, {shorter}more text, or train.eval_steps=0")  # fmt: skip

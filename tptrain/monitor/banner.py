@@ -3,8 +3,8 @@
 layout      tp 2 x pp 2 x dp 2 = 8 processes
             each layer over 2 ranks, layers over 2 stages, 2 copies
                        copy 0  copy 1
-            stage 0    [0 1]   [4 5]
-            stage 1    [2 3]   [6 7]
+            stage 0    [0 1]   [2 3]
+            stage 1    [4 5]   [6 7]
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -14,6 +15,15 @@ def peak_memory_bytes(device_type: str) -> int:
 
         return int(torch.cuda.max_memory_allocated())
     return _peak_resident_bytes()
+
+
+def reset_peak_memory() -> None:
+    """Forget the peak so far, which in a sweep may be another job's. Where the system cannot, it stays."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM becomes the present resident set
 
 
 def _peak_resident_bytes() -> int:

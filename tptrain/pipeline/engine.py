@@ -34,13 +34,13 @@ class PipelineEngine:
         actions: Sequence[Action],
         inputs: Sequence[Tensor] | None,
         targets: Sequence[Tensor] | None,
-        loss_scale: float,
+        loss_scale: Tensor,
         before_backward: Callable[[bool], None],
     ) -> Tensor:
         """Run forwards and backwards; gradients accumulate in the stage's parameters.
 
         inputs, targets: the micro-batches, on the first and the last stage.
-        loss_scale: what the summed losses are multiplied by for the gradient, on the last stage.
+        loss_scale: scalar that the summed losses are multiplied by for the gradient, on the last stage.
         before_backward: called before each backward with whether it is the stage's last.
         Returns the summed loss of all micro-batches (fp64 scalar), zero off the last stage.
         """
@@ -88,13 +88,10 @@ class PipelineEngine:
             self._activations[m] = output.detach()
         return output
 
-    def _backward(self, action: Action, loss_scale: float) -> None:
+    def _backward(self, action: Action, loss_scale: Tensor) -> None:
         x, output = self._live.pop(action.micro_batch)
-        if self.is_last:
-            gradient = torch.full_like(output, loss_scale)
-        else:
-            gradient = self._receives.pop((Kind.RECEIVE_GRADIENT, action.micro_batch)).wait()
-        torch.autograd.backward(output, gradient)
+        received = None if self.is_last else self._receives.pop((Kind.RECEIVE_GRADIENT, action.micro_batch)).wait()
+        torch.autograd.backward(output, loss_scale.to(output.dtype) if received is None else received)
         if not self.is_first:
             assert x.grad is not None
             self._gradients[action.micro_batch] = x.grad

@@ -1,7 +1,7 @@
 """Tensors between neighbouring stages, by isend and irecv.
 
 Nothing here waits for the device or for more than the one request that is needed. A sent tensor is kept until its
-send has completed, as its memory may not be reused before.
+send has completed, as its memory may not be reused before; at most as many as there are stages are under way at once.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Transfer:
         work = dist.isend(tensor, peer, group=group)
         assert work is not None
         self._sends.append((work, tensor, action, peer))
-        while self._sends and self._sends[0][0].is_completed():
-            self._sends.popleft()
+        while len(self._sends) > self.mesh.pp_size:  # gloo does not say that a send is complete until it is waited for
+            self._finish_oldest_send()
 
     def receive(self, action: Action) -> Receive:
         """Start receiving what `action` names."""
@@ -64,8 +64,11 @@ class Transfer:
     def flush(self) -> None:
         """Wait until everything sent has left, and let go of it."""
         while self._sends:
-            work, _, action, peer = self._sends.popleft()
-            _wait(work, action, peer)
+            self._finish_oldest_send()
+
+    def _finish_oldest_send(self) -> None:
+        work, _, action, peer = self._sends.popleft()
+        _wait(work, action, peer)
 
     def _channel(self, action: Action) -> tuple[int, dist.ProcessGroup]:
         """The neighbour's global rank and the group of the direction."""
@@ -73,19 +76,6 @@ class Transfer:
         up = action.kind in (Kind.SEND_ACTIVATION, Kind.RECEIVE_GRADIENT)
         peer = self.mesh.pp_ranks[action.stage + (1 if up else -1)]
         return peer, self.mesh.pp_forward if forward else self.mesh.pp_backward
-
-
-def exchange_sum(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> Tensor:
-    """The sum of two ranks' tensors, the same bits on both: each sends its own and adds what it gets.
-
-    Not differentiable.
-    """
-    tensor = tensor.contiguous()
-    other = torch.empty_like(tensor)
-    works = dist.batch_isend_irecv([dist.P2POp(dist.isend, tensor, peer, group), dist.P2POp(dist.irecv, other, peer, group)])
-    for work in works:
-        work.wait()
-    return tensor + other
 
 
 def _wait(work: dist.Work, action: Action, peer: int) -> None:

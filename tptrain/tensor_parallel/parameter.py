@@ -45,13 +45,17 @@ def labelled_parameter(shape: Sequence[int], shard_dim: int | None, tp: DeviceMe
 
 
 class LabelledModule(nn.Module):
-    """A layer with labelled parameters, which computes with this rank's parts of them in `compute_dtype`."""
+    """A layer with labelled parameters, which computes with this rank's parts of them in `compute_dtype`.
+
+    Where that is not the parameters' own dtype, one copy serves all micro-batches of a step; `drop_copies` ends its life. (A
+    tensor's version number does not tell: updates of a DTensor leave that of its local tensor alone.)
+    """
 
     compute_dtype = torch.float32
 
     def __init__(self) -> None:
         super().__init__()
-        self._casts: dict[str, tuple[int, Tensor]] = {}
+        self._copies: dict[str, Tensor] = {}
 
     def part(self, name: str) -> Tensor:
         """This rank's part of parameter `name`, a plain tensor in compute_dtype.
@@ -60,19 +64,15 @@ class LabelledModule(nn.Module):
         """
         parameter = getattr(self, name)
         values = local_part(parameter)
-        return local(parameter, values if values.dtype == self.compute_dtype else self._cast(name, values))
+        if values.dtype != self.compute_dtype:
+            if name not in self._copies:
+                self._copies[name] = values.to(self.compute_dtype)
+            values = self._copies[name]
+        return local(parameter, values)
 
     def bias_part(self) -> Tensor | None:
         """`part("bias")`, or None for a layer without a bias."""
         return None if self.bias is None else self.part("bias")
-
-    def _cast(self, name: str, values: Tensor) -> Tensor:
-        """`values` in compute_dtype: one copy for all micro-batches in flight, made anew when the values have changed."""
-        version, copy = self._casts.get(name, (-1, values))
-        if version != values._version:
-            copy = values.to(self.compute_dtype)
-            self._casts[name] = (values._version, copy)
-        return copy
 
 
 def compute_in(module: nn.Module, dtype: torch.dtype) -> None:
@@ -80,6 +80,13 @@ def compute_in(module: nn.Module, dtype: torch.dtype) -> None:
     for layer in module.modules():
         if isinstance(layer, LabelledModule):
             layer.compute_dtype = dtype
+
+
+def drop_copies(module: nn.Module) -> None:
+    """Let the labelled layers of `module` copy their weights anew at the next use, because these may have changed."""
+    for layer in module.modules():
+        if isinstance(layer, LabelledModule):
+            layer._copies.clear()
 
 
 def local(parameter: Tensor, values: Tensor | None = None) -> Tensor:
@@ -112,8 +119,8 @@ class _Local(torch.autograd.Function):
         if parameter.grad is not None:
             parameter.grad.to_local().add_(grad)
             return None, None
-        # A bias's gradient may be the very tensor that flows on to other layers; a matrix's is made for it alone.
-        grad = grad.to(parameter.dtype, copy=grad.ndim < 2)
+        # A bias's gradient, and one that is a view, may be the very memory that flows on to other layers.
+        grad = grad.to(parameter.dtype, copy=grad.ndim < 2 or grad._is_view())
         shape, stride = parameter.shape, parameter.stride()
         parameter.grad = DTensor.from_local(grad, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
         return None, None
