@@ -19,6 +19,7 @@ from tptrain.data_parallel import DataParallel, dp_dimension
 from tptrain.mesh import Mesh
 from tptrain.model.gpt import GPTStage
 from tptrain.model.init import initialise
+from tptrain.tensor_parallel.parameter import compute_in
 
 CPU = torch.device("cpu")
 SCALE = 1 / 64
@@ -30,6 +31,7 @@ UNITS = MODEL.num_layers + 1  # the layers, and the stage around them
 def build(mesh: Mesh, dtype: torch.dtype = torch.float32) -> tuple[GPTStage, DataParallel]:
     stage = GPTStage(MODEL, 0, MODEL.num_layers, mesh.tp, CPU)
     initialise(stage, MODEL, 1)
+    compute_in(stage, dtype)
     return stage, DataParallel(stage, list(stage.layers.values()), mesh, dtype)
 
 
@@ -131,7 +133,6 @@ def check_weights_are_given_back(mesh: Mesh) -> None:
         for name, parameter in stage.named_parameters():
             assert parameter.dtype == torch.float32
             assert isinstance(parameter.data, DTensor), name
-            assert parameter.device_mesh.size() == mesh.dp_size * (mesh.tp_size if mesh.tp_size > 1 else parameter.device_mesh.size(-1))
             assert any(isinstance(placement, Shard) for placement in parameter.placements), name
             assert torch.equal(whole(parameter), expected[name]), name
         assert held(stage) * mesh.dp_size == pytest.approx(held(twin), rel=0.01)
@@ -199,12 +200,13 @@ def check_bf16(rank: int) -> None:
         assert_close(whole(parameter.grad), 7 * once[name], rtol=1e-6, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_without_dp_in_fp32_nothing_is_wrapped() -> None:
+def test_without_dp_nothing_is_wrapped() -> None:
     run_ranks(1, check_nothing_is_wrapped)
 
 
 def check_nothing_is_wrapped(rank: int) -> None:
     mesh = mesh_of()
+    assert build(mesh, torch.bfloat16)[1].modules == []
     stage, data_parallel = build(mesh)
     assert data_parallel.modules == []
     with collectives() as counted:
@@ -240,6 +242,29 @@ def check_dimensions(rank: int) -> None:
         parameter = DTensor.from_local(local, tp, [placement], shape=torch.Size(shape), stride=random(*shape, seed=1).stride())
         assert dp_dimension(parameter, dp_size) == expected, (shape, placement)
     assert dp_dimension(torch.empty(5, 6), 2) == 1
+
+
+def test_bf16_learns_as_fp32_does() -> None:
+    """The copies of the weights that the layers compute with follow the optimizer, with and without dp and tp."""
+    run_ranks(1, check_learning, [{}])
+    run_ranks(2, check_learning, [{"dp": 2}, {"tp": 2}])
+
+
+def check_learning(rank: int, layouts: list[dict[str, int]]) -> None:
+    from tptrain.trainer import Trainer
+
+    for layout in layouts:
+        losses = {}
+        for precision in ("fp32", "bf16"):
+            layout_keys = {f"parallel__{axis}": size for axis, size in layout.items()}
+            config = small_config(train__precision=precision, optimizer__lr=0.01, optimizer__grad_clip=None, **layout_keys)
+            tokens = skewed_tokens(8 * 16 + 1, config.model.vocab_size)  # one global batch, again and again
+            trainer = Trainer(config, mesh_of(**layout), tokens, tokens)
+            before = trainer.evaluate()
+            losses[precision] = [before, *(trainer.step().loss for _ in range(8)), trainer.evaluate()]
+            assert all(parameter.dtype == torch.float32 for parameter in trainer.stage.parameters())
+        assert losses["fp32"][0] - losses["fp32"][-1] > 1, "eight steps must change the loss by far more than bf16 rounds"
+        assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01), layout
 
 
 # ---- the mean over tokens ----------------------------------------------------------------------------------

@@ -136,10 +136,13 @@ def test_val_too_short(make_config: Callable[..., Config], text: Path) -> None:
         "data.val_fraction=0.05 leaves the val split 21 tokens, but a sequence needs data.seq_len + 1 = 22: "
         "use a larger data.val_fraction, data.seq_len=20 or less, more text, or train.eval_steps=0"
     )
+    assert refusal(make_config("text", path=str(text), seq_len=21, val_fraction=0.0)).startswith(
+        "data.val_fraction=0.0 leaves the val split 0 tokens, but a sequence needs data.seq_len + 1 = 22: "
+    )
     for config in (
         {"seq_len": 20},
         {"seq_len": 21, "eval_steps": 0},
-        {"seq_len": 21, "val_fraction": 0.0},
+        {"seq_len": 21, "val_fraction": 0.0, "eval_steps": 0},
         {"seq_len": 21, "val_fraction": 0.2},
     ):
         prepare(make_config("text", path=str(text), **config))
