@@ -55,7 +55,7 @@ def test_the_seed_does_not_choose_the_split(folder: Path, make_config: Callable[
 
 
 def test_no_validation_split(folder: Path, make_config: Callable[..., Config], documents: Documents) -> None:
-    store = TokenStore.open(prepare(make_config("text", path=str(folder), val_fraction=0.0)))
+    store = TokenStore.open(prepare(make_config("text", path=str(folder), val_fraction=0.0, eval_steps=0)))
     assert documents(store.train) == [[*CONTENTS[name], 256] for name in sorted(CONTENTS)]
     assert (store.val.num_tokens, store.val.num_documents) == (0, 0)
 
@@ -121,7 +121,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_file_name_need_not_be_utf8(tmp_path: Path, make_config: Callable[..., Config], documents: Documents) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_bytes(b"abc")
-    store = TokenStore.open(prepare(make_config("text", path=str(tmp_path), val_fraction=0.0)))
+    store = TokenStore.open(prepare(make_config("text", path=str(tmp_path), val_fraction=0.0, eval_steps=0)))
     assert documents(store.train) == [[97, 98, 99, 256]]
 
 

@@ -1,7 +1,8 @@
 """Proof that a schedule can run, before it runs.
 
 `validate` executes the action lists against channels, one for each (sending stage, receiving stage, direction), that
-deliver in order. A rank stops at a computation until its input has arrived and at nothing else, as the engine does.
+deliver in order. As in the engine, a rank stops at a computation until its input has arrived, and at a send while as many of its
+sends as there are stages still wait for their receive; at nothing else.
 If no rank can move, the schedule would hang; every other fault is found on the way.
 """
 
@@ -36,6 +37,10 @@ def _check_complete(schedule: Schedule, micro_batches: int, backward: bool) -> N
                 raise ScheduleError(f"rank {rank}, position {position}: {action} stands twice")
             if action.stage != rank:
                 raise ScheduleError(f"rank {rank}, position {position}: {action} belongs to rank {action.stage}")
+            if action.micro_batch not in range(micro_batches):
+                raise ScheduleError(f"rank {rank}, position {position}: {action} is of a micro-batch that does not exist")
+            if action.kind is Kind.BACKWARD and not backward:
+                raise ScheduleError(f"rank {rank}, position {position}: {action} has no place in a schedule without backward")
             seen.add(action)
         for kind in kinds:
             for m in range(micro_batches):
@@ -90,6 +95,9 @@ class _Execution:
             made = Kind.FORWARD if kind is Kind.SEND_ACTIVATION else Kind.BACKWARD
             if Action(made, stage, m) not in self.done:
                 raise ScheduleError(f"rank {rank}, position {self.position[rank]}: {action} sends what is not computed yet")
+            under_way = sum(len(sent) for (source, _), sent in self.sent.items() if source == stage)
+            if under_way >= len(self.schedule):
+                return False
             target = stage + 1 if kind is Kind.SEND_ACTIVATION else stage - 1
             self.sent[stage, target].append(m)
             self._match(rank, stage, target)

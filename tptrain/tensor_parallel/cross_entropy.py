@@ -1,8 +1,8 @@
 """Cross entropy of logits that are split over the vocabulary; the whole logits exist on no rank.
 
-With z the logits and t the target, the loss of a token is log(sum_v exp(z_v)) - z_t. Each rank holds z for its own
-rows of the vocabulary, so two small collectives suffice: the maximum of z (for stability), and the sum of the
-pair (sum of exp, z_t), where z_t comes from the one rank that owns t. The gradient, softmax(z) - onehot(t), is local.
+With z the logits less their maximum and t the target, the loss of a token is log(sum_v exp(z_v)) - z_t. Each rank holds z
+for its own rows of the vocabulary, so two small collectives suffice: the maximum, and the sum of the pair
+(sum of exp, z_t), where z_t comes from the one rank that owns t. The gradient, softmax(z) - onehot(t), is local.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ class _CrossEntropy(torch.autograd.Function):
             maximum = logits.amax(dim=1).float()
         if group.size() > 1:
             dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-        exponents = logits.float().sub(maximum.unsqueeze(1)).exp_()  # a new tensor: the caller's logits stay as they are
+        shifted = logits.float().sub(maximum.unsqueeze(1))  # a new tensor: the caller's logits stay as they are
 
         columns = targets - vocab_start
         owned = (columns >= 0) & (columns < width) & (targets != IGNORE_INDEX)
         columns = columns.masked_fill(~owned, 0)
         target_logits = torch.zeros_like(maximum)
         if width:
-            target_logits = logits.gather(1, columns.unsqueeze(1)).squeeze(1).float().masked_fill(~owned, 0)
+            target_logits = shifted.gather(1, columns.unsqueeze(1)).squeeze(1).masked_fill(~owned, 0)
+        exponents = shifted.exp_()
         sums = torch.stack((exponents.sum(dim=1), target_logits))
         if group.size() > 1:
             dist.all_reduce(sums, group=group)
@@ -51,7 +52,7 @@ class _CrossEntropy(torch.autograd.Function):
         counted = targets != IGNORE_INDEX
         ctx.save_for_backward(exponents.div_(denominator.unsqueeze(1)), columns, owned, counted)
         ctx.dtype = logits.dtype
-        return (denominator.log() + maximum - target_logit).masked_fill(~counted, 0)
+        return (denominator.log() - target_logit).masked_fill(~counted, 0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

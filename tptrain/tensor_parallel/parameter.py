@@ -119,8 +119,8 @@ class _Local(torch.autograd.Function):
         if parameter.grad is not None:
             parameter.grad.to_local().add_(grad)
             return None, None
-        # A bias's gradient, and one that is a view, may be the very memory that flows on to other layers.
-        grad = grad.to(parameter.dtype, copy=grad.ndim < 2 or grad._is_view())
+        # A bias's gradient may be the very memory that flows on to other layers; a matrix's comes from a product or a look-up.
+        grad = grad.to(parameter.dtype, copy=grad.ndim < 2)
         shape, stride = parameter.shape, parameter.stride()
         parameter.grad = DTensor.from_local(grad, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
         return None, None

@@ -1,0 +1,56 @@
+"""The formulas for parameters and FLOPs against built models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.support import small_config
+from tptrain.config import ModelConfig
+from tptrain.mesh import Mesh
+from tptrain.model.flops import flops_per_token, num_parameters
+from tptrain.model.gpt import GPTStage
+from tptrain.model.init import initialise
+
+SIZES = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SIZES, ids=lambda path: path.stem)
+def test_num_parameters_of_every_size(mesh: Mesh, path: Path) -> None:
+    shipped = ModelConfig(**yaml.safe_load(path.read_text()))
+    layers = shipped.num_layers
+    for tied, bias in ((True, True), (True, False), (False, True), (False, False)):
+        model = replace(shipped, tie_embeddings=tied, bias=bias)
+        if (tied, bias) != (shipped.tie_embeddings, shipped.bias):
+            model = replace(model, num_layers=min(3, layers))  # the shipped one is built whole
+        stage = GPTStage(model, 0, model.num_layers, mesh.tp, torch.device("meta"))
+        assert num_parameters(model) == sum(parameter.numel() for parameter in stage.parameters()), (tied, bias)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("gpt_125m", 125e6), ("gpt_350m", 350e6), ("gpt_760m", 760e6), ("gpt_1b", 1.3e9), ("gpt_3b", 2.7e9), ("gpt_7b", 6.7e9),
+     ("gpt_13b", 13e9), ("gpt_30b", 30e9), ("gpt_70b", 71e9), ("gpt_175b", 175e9)],
+)  # fmt: skip
+def test_sizes_are_what_their_names_say(name: str, expected: float) -> None:
+    """GPT-3's paper (Brown et al. 2020, table 2.1) rounds; 3 % leaves room for that and for the padded vocabulary."""
+    path = next(path for path in SIZES if path.stem == name)
+    assert num_parameters(ModelConfig(**yaml.safe_load(path.read_text()))) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(("tied", "seq_len"), [(True, 16), (False, 16), (True, 5)])
+def test_flops_are_those_that_torch_counts(mesh: Mesh, tied: bool, seq_len: int) -> None:
+    """Forward and backward, attention as two plain matrix products over the whole sequence. Equal, not just close."""
+    model = small_config(model__tie_embeddings=tied, model__ffn_hidden_size=96, model__num_layers=3).model
+    stage = GPTStage(model, 0, model.num_layers, mesh.tp, torch.device("cpu"))
+    initialise(stage, model, 1)
+    tokens = torch.randint(model.vocab_size, (3, seq_len + 1), generator=torch.Generator().manual_seed(1))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        stage(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert counter.get_total_flops() == flops_per_token(model, seq_len) * 3 * seq_len

@@ -1,0 +1,170 @@
+"""Imports run only downwards, read from the source: each room knows the rooms below it and no other.
+
+Also: nobody but `launch.py` reads the environment, and nobody but `mesh.py` knows the default process group.
+"""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "tptrain"
+
+ALLOWED: dict[str, set[str]] = {
+    # what everybody may know
+    "config": set(),
+    "files": set(),
+    # the numeric rooms
+    "mesh": {"config"},
+    "tensor_parallel": {"mesh"},
+    "model": {"tensor_parallel", "mesh", "config"},
+    "pipeline": {"mesh"},
+    "optim": {"tensor_parallel", "mesh", "config"},
+    "data_parallel": {"mesh"},
+    # around them
+    "data": {"config", "files"},
+    "checkpoint": {"model", "mesh", "config", "files"},
+    "monitor": {"config", "files"},
+    # from a command to running ranks
+    "job": {"config"},
+    "failures": {"config"},
+    "refusal": {"config", "job"},
+    "ranks": {"config", "failures", "job", "monitor", "train"},
+    "launch": {"checkpoint", "config", "data", "failures", "job", "ranks"},
+    "cli": {"config", "job", "launch", "ranks", "refusal"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+BELOW_TRAIN = {"config", "files", "mesh", "tensor_parallel", "model", "pipeline", "optim", "data_parallel", "data", "checkpoint", "monitor"}
+ALLOWED |= {
+    "trainer": BELOW_TRAIN,
+    "report": BELOW_TRAIN | {"trainer"},
+    "train": BELOW_TRAIN | {"trainer", "report"},
+}  # the composition root: anything but what starts it
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in MODULES}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> set[tuple[str, ...]]:
+    """Modules of ours that a file names, anywhere in it, as paths below the package: `from tptrain.data import prepare` is
+    both ("data",) and ("data", "prepare"), which may be a module or a name in one."""
+    found: set[tuple[str, ...]] = set()
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Import):
+            found |= {tuple(alias.name.split(".")) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module.split(".") if node.module else []
+            if node.level:
+                package = ["tptrain", *path.relative_to(PACKAGE).parent.parts]
+                base = package[: len(package) - node.level + 1] + base
+            found |= {(*base, alias.name) for alias in node.names}
+    return {name[1:] for name in found if name[0] == "tptrain" and len(name) > 1}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    return {name[0] for name in imported_modules(path) if name[0] != "__version__"}
+
+
+def test_the_table_names_every_room() -> None:
+    assert {room_of(path) for path in MODULES} == ALLOWED.keys()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_downwards(path: Path) -> None:
+    room = room_of(path)
+    forbidden = imported_rooms(path) - ALLOWED[room] - {room}
+    assert not forbidden, f"{room} may import {sorted(ALLOWED[room])}, but this file imports {sorted(forbidden)}"
+
+
+def test_the_table_has_no_cycle() -> None:
+    assert len(list(TopologicalSorter(ALLOWED).static_order())) == len(ALLOWED)
+
+
+def test_the_parser_sees_imports() -> None:
+    """In functions and in every form: else the tests above hold of anything."""
+    assert {"mesh", "trainer", "checkpoint", "report", "config"} <= imported_rooms(PACKAGE / "train.py")
+    assert "train" in imported_rooms(PACKAGE / "ranks.py"), "imported in a function"
+    assert {"launch", "job"} <= imported_rooms(PACKAGE / "cli.py"), "from tptrain import launch"
+    assert ("data", "store", "TokenStore") in imported_modules(PACKAGE / "data" / "__init__.py")
+
+
+BEFORE_RANKS = {"config", "files", "data", "job", "failures", "refusal", "launch", "ranks", "cli"}
+
+
+def test_no_torch_before_the_ranks_start() -> None:
+    """At the top of a module, that is: a refused config and a help text must not wait seconds for torch."""
+    paths = [path for path in MODULES if room_of(path) in BEFORE_RANKS] + [PACKAGE / "checkpoint" / "folder.py"]
+    for path in paths:
+        for node in TREES[path].body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.split(".")[0] == "torch"], path
+    known = imported_modules(PACKAGE / "launch.py")
+    assert {name[:2] for name in known if name[0] == "checkpoint"} <= {("checkpoint", "folder")}, "the rest of that room needs torch"
+
+
+# ---- the environment and the default group -----------------------------------------------------------------
+
+
+def environment_lines(path: Path) -> list[str]:
+    """Every line that touches the environment, as source."""
+    text = path.read_text().splitlines()
+    lines = []
+    for node in ast.walk(TREES[path]):
+        by_name = isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv", "unsetenv")
+        imported = isinstance(node, ast.ImportFrom) and node.module == "os" and any("env" in alias.name for alias in node.names)
+        if by_name or imported:
+            lines.append(text[node.lineno - 1].split("#")[0].strip())
+    return lines
+
+
+def test_only_launch_reads_the_environment() -> None:
+    touching = {str(path.relative_to(PACKAGE)): lines for path in MODULES if (lines := environment_lines(path))}
+    assert touching.pop("launch.py")
+    assert touching.pop("cli.py", []) in ([], ['os.environ["HYDRA_FULL_ERROR"] = "1"']), "Hydra can be told no other way"
+    assert not touching, "the config is the only thing that a rank is told by"
+
+
+def test_only_mesh_knows_the_default_group() -> None:
+    knowing = {
+        str(path.relative_to(PACKAGE))
+        for path in MODULES
+        for node in ast.walk(TREES[path])
+        if (isinstance(node, ast.Attribute) and node.attr in ("WORLD", "_get_default_group"))
+        or (isinstance(node, ast.Name) and node.id in ("WORLD", "_get_default_group"))
+        or (isinstance(node, ast.ImportFrom) and any(alias.name in ("WORLD", "_get_default_group") for alias in node.names))
+    }
+    assert knowing == {"mesh.py"}
+
+
+COMMUNICATING = {
+    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "reduce", "reduce_scatter", "reduce_scatter_tensor",
+    "broadcast", "broadcast_object_list", "scatter", "gather", "gather_object", "scatter_object_list", "all_to_all", "all_to_all_single",
+    "barrier", "monitored_barrier", "send", "recv", "isend", "irecv",
+}  # fmt: skip
+
+
+def test_whoever_communicates_says_with_whom() -> None:
+    """A call without `group` would use the default group. Only `ranks.py` may, as it hands out the job before there is a mesh."""
+    calls = 0
+    for path in MODULES:
+        for node in ast.walk(TREES[path]):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)):
+                continue
+            if node.func.value.id != "dist" or (room_of(path) == "ranks" and node.func.attr == "broadcast_object_list"):
+                continue
+            where = f"{path.relative_to(PACKAGE)}:{node.lineno}"
+            if node.func.attr in COMMUNICATING:
+                calls += 1
+                assert any(keyword.arg == "group" for keyword in node.keywords), f"{where}: dist.{node.func.attr} without group"
+            if node.func.attr == "P2POp":
+                assert len(node.args) == 4 or any(keyword.arg == "group" for keyword in node.keywords), f"{where}: P2POp without group"
+    assert calls > 10, "the test must see them"
