@@ -17,12 +17,12 @@ from tptrain.config import ConfigError, resolve
 OPTIONS = {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in cli.CONF.iterdir() if group.is_dir()}
 
 REFUSED = {
-    "tp": (["parallel.tp=3"], "parallel.tp=3", "use 1, 2, 4 or 8"),
+    "tp": (["parallel.tp=3"], "parallel.tp=3", "use 1, 2 or 4"),
     "pp": (["model.num_layers=1", "parallel.pp=2"], "parallel.pp=2", "use parallel.pp=1"),
     "unknown key": (["optimizer.lrr=1"], "optimizer.lrr=1", "use optimizer.lr "),
     "unknown option": (["model=gpt_9b"], "model=gpt_9b", "use gpt_1b, "),
     "no data": (["data=text", "data.path=/nope.txt"], "data.path=/nope.txt", "use "),
-    "sequence": (["data.seq_len=999"], "data.seq_len=999", "use data.seq_len=256 or less"),
+    "sequence": (["data.seq_len=999"], "data.seq_len=999", "use data.seq_len=128 or less"),
     "sign": (["optimizer.lr=-1"], "optimizer.lr=-1", "use 0 or more"),
     "folder": (["hydra.run.dir=/proc/nope"], "hydra.run.dir=/proc/nope", "use hydra.run.dir=FOLDER"),
     "type": (["optimizer.lr=abc"], "optimizer.lr=abc", "use a number"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.command import command
+from tests.command import finish, start
 from tptrain.data import TokenStore
 from tptrain.monitor.metrics import read_metrics
 
@@ -16,7 +16,7 @@ from tptrain.monitor.metrics import read_metrics
 @pytest.mark.timeout(900)
 def test_the_default_run_learns_real_text(tmp_path: Path) -> None:
     """The held-out loss ends at least 1.0 nat a byte below the entropy of the same text's byte frequencies."""
-    outcome = command(tmp_path, "hydra.run.dir=run", "hardware=cpu", timeout=800)
+    outcome = finish(start(tmp_path, "hydra.run.dir=run", "hardware=cpu"), timeout=800)
     assert outcome.code == 0, outcome.err
     (store,) = (tmp_path / "outputs/token_stores").glob("python_docs-*")
     counts = np.bincount(TokenStore.open(store).val.tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ def write(run_dir: Path, step: int) -> Path:
     partial = partial_folder(checkpoint_folder(run_dir, step))
     partial.mkdir(parents=True)
     (partial / "data").write_text(str(step))
-    return publish(partial, {"step": step})
+    return publish(partial, {"step": step, "config": asdict(small_config())})
 
 
 def test_publish_makes_it_the_newest(tmp_path: Path) -> None:
@@ -24,7 +25,7 @@ def test_publish_makes_it_the_newest(tmp_path: Path) -> None:
     first, second = write(tmp_path, 5), write(tmp_path, 10)
     assert complete_checkpoints(tmp_path) == [first, second]
     assert (tmp_path / "checkpoints/latest").read_text() == "step-00000010\n"
-    assert read_state(second) == {"step": 10}
+    assert read_state(second)["step"] == 10
     assert (second / "data").read_text() == "10"
 
 
@@ -59,7 +60,9 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
     done = write(tmp_path, 5)
     assert find_start(config, tmp_path) == done
     config.checkpoint.resume = "never"
-    assert find_start(config, tmp_path) is None
+    assert find_start(config, tmp_path / "elsewhere") is None
+    with pytest.raises(ConfigError, match=r"checkpoint.resume=never would overwrite .*step-00000005, which is further: use"):
+        find_start(config, tmp_path)
     config.checkpoint.resume = str(done)
     assert find_start(config, tmp_path / "elsewhere") == done
     config.checkpoint.resume = str(tmp_path)
