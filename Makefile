@@ -11,7 +11,7 @@ help:  ## Show this list
 
 setup: $(READY)  ## Make .venv with tptrain and the tested versions of what it needs
 
-run: $(READY)  ## Train the default model on this machine: offline, real text, about a minute
+run: $(READY)  ## Train the default model on this machine: offline, real text, a minute or two
 	$(BIN)/tptrain
 
 test: lint  ## Run the linters, the type checker and all tests

@@ -28,7 +28,7 @@ class Sampler:
     """Rows of seq_len + 1 tokens (inputs and next-token targets) by their global number.
 
     tokens: ids [n]; read window by window, so a memory map stays on disk.
-    seed: the run's seed, which with the epoch's number gives the order; None for the order of the tokens (validation).
+    seed: the run's seed, which with the epoch's number gives the order; None for the order of the tokens.
     The last (n - 1) % seq_len tokens fill no window and are not read. Raises ValueError where there is not one window.
     """
 
