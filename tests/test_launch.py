@@ -138,7 +138,7 @@ def test_sigterm_stops_all_ranks(run_dir: Path):
     process.send_signal(signal.SIGTERM)
     outcome = finish(process)
     assert (outcome.code, outcome.err) == (1, "tptrain: stopped by SIGTERM\n")
-    assert outcome.seconds < 5  # 0.3 s alone on the machine
+    assert outcome.seconds < 10  # 0.3 s alone on the machine
     assert _status(run_dir)["state"] == "failed"
 
 
@@ -150,7 +150,7 @@ def test_a_second_sigint_ends_ranks_that_do_not_listen(run_dir: Path):
     process.send_signal(signal.SIGINT)
     outcome = finish(process)
     assert outcome.code == 1
-    assert outcome.seconds < 3
+    assert outcome.seconds < 8  # the ranks would have 10
     assert "Traceback" not in outcome.err
     wait_until(lambda: not processes_of(run_dir), seconds=2)
 
