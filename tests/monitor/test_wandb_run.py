@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ def test_an_offline_run_reads_back_and_keeps_its_id(config, tmp_path, monkeypatc
         run.finish()
         made = (run_dir / "wandb_id").read_text().strip()
 
+        time.sleep(1.1)  # W&B names the folder by the second
         again = start_wandb(config, run_dir, {})
         again.log({"step": 40, "loss": 0.25})
         again.finish()
