@@ -1,43 +1,24 @@
-"""A resolved config, made by hand: this room needs neither Hydra nor torch."""
+"""A resolved config for the monitor room, which needs neither Hydra nor torch."""
 
 import logging
 from collections.abc import Iterator
 
 import pytest
 
-from tptrain.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    HardwareConfig,
-    LaunchConfig,
-    LrScheduleConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-    WandbConfig,
-    resolve,
-)
+from tests.support import small_config
+from tptrain.config import Config
 
 
 @pytest.fixture
 def config() -> Config:
-    return resolve(
-        Config(
-            seed=1234,
-            model=ModelConfig("gpt_tiny", 257, 128, 4, 8, None, 512, 256, "learned", "layernorm", "gelu", True, True, 0.0),
-            parallel=ParallelConfig(2, 2, 1, False, 4, 8, "1f1b", 1, "none"),
-            train=TrainConfig(600, "fp32", None, 10, 200, 8, False, None, 300),
-            data=DataConfig("python_docs", 256),
-            optimizer=OptimizerConfig("adamw", 1e-3, [0.9, 0.95], 1e-8, 0.1, 1.0),
-            lr_schedule=LrScheduleConfig("cosine", 40, 0.1),
-            checkpoint=CheckpointConfig(0, 2, False, "auto"),
-            wandb=WandbConfig("offline", "tptrain", None, None, ["a", "b"]),
-            hardware=HardwareConfig("cpu", None),
-            launch=LaunchConfig("auto", 600.0),
-        )
-    )
+    return small_config(
+        seed=1234,
+        model__name="gpt_tiny", model__hidden_size=128, model__num_heads=8, model__ffn_hidden_size=512, model__max_seq_len=256,
+        parallel__tp=2, parallel__pp=2, parallel__micro_batch_size=4, parallel__micro_batches=8,
+        train__max_steps=600, train__global_batch_size=None, train__log_every=10, train__eval_every=200, train__eval_steps=8,
+        train__sample_tokens=300, data__source="python_docs", data__seq_len=256,
+        wandb__mode="offline", wandb__tags=["a", "b"], launch__threads_per_rank="auto", launch__timeout_seconds=600.0,
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

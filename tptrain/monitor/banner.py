@@ -28,7 +28,7 @@ def banner_rows(config: Config, total_steps: int, first_step: int, facts: dict[s
     ranks (nested lists [pp][dp][tp] of rank numbers). Any other fact is a row of its own.
     """
     parallel, model, seq_len = config.parallel, config.model, config.data.seq_len
-    sequences = config.train.global_batch_size or parallel.micro_batch_size * parallel.micro_batches * int(parallel.dp)
+    sequences = config.batch_size
     micro = f"{parallel.micro_batches} micro-batch{'es' * (parallel.micro_batches > 1)} of {parallel.micro_batch_size} a step"
     rows = [
         (
