@@ -36,7 +36,7 @@ def small_config(**changes: Any) -> Config:
         ),
         train=TrainConfig(
             max_steps=20, precision="fp32", global_batch_size=8, log_every=1, eval_every=0, eval_steps=2, compile=False,
-            init_from=None, sample_tokens=0,
+            loss_chunk_tokens=None, label_smoothing=0.0, init_from=None, sample_tokens=0,
         ),
         data=DataConfig(source="memorize", seq_len=16),
         optimizer=OptimizerConfig(name="adamw", lr=3e-3, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1, grad_clip=0.5),

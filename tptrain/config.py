@@ -33,29 +33,41 @@ class ModelConfig:
     num_heads: int
     """Attention heads; tp divides them."""
     num_kv_heads: int | None
-    """Key/value heads; null means num_heads."""
+    """Key/value heads (grouped-query attention); null means num_heads. tp divides them, or is a multiple of them."""
     ffn_hidden_size: int
     """Inner width of the MLP; tp divides it."""
     max_seq_len: int
     """Longest sequence that the model can see."""
     position: str
-    """learned"""
+    """learned, or rope: q and k rotated by their position."""
     norm: str
-    """layernorm"""
+    """layernorm or rmsnorm."""
     activation: str
-    """gelu (the tanh form, as in GPT-2)"""
+    """gelu (the tanh form, as in GPT-2), or swiglu: silu(gate) * up."""
     bias: bool
-    """Whether linear layers have biases."""
+    """Whether linear layers and layer norms have biases."""
     tie_embeddings: bool
     """Whether the head reuses the embedding's weight."""
     dropout: float
-    """Dropout probability."""
+    """Probability of dropping an activation: after the embedding, on attention's weights, before each residual sum."""
+    rope_theta: float = 10000.0
+    """Base of the rotation's wavelengths (position=rope)."""
     norm_eps: float = 1e-5
     """Epsilon inside the norms."""
     init_std: float = 0.02
     """Standard deviation of initial weights; residual projections divide it by sqrt(2 * num_layers)."""
     peak_lr: float = 3e-4
     """Learning rate that suits this size: what optimizer=adamw starts from."""
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, whether asked for or not."""
+        return self.num_kv_heads or self.num_heads
 
 
 @dataclass
@@ -69,7 +81,7 @@ class ParallelConfig:
     dp: int | str
     """Data-parallel size, or auto: processes / (tp * pp)."""
     sequence_parallel: bool
-    """Split norms and residuals over tp along the sequence."""
+    """Split what lies between the split layers (norms, residuals, dropout) over tp along the sequence; tp divides data.seq_len."""
     micro_batch_size: int
     """Sequences in one forward."""
     micro_batches: int
@@ -79,7 +91,8 @@ class ParallelConfig:
     stages_per_rank: int
     """Virtual stages a pipeline rank holds."""
     recompute: str
-    """Activations recomputed in backward: none."""
+    """Activations made again in backward rather than kept: none, selective (norms, activation functions, dropped attention), or
+    full (all of a block but its input)."""
 
 
 @dataclass
@@ -100,6 +113,10 @@ class TrainConfig:
     """Global batches an evaluation reads; 0 means no evaluation."""
     compile: bool
     """Compile the stages with torch.compile."""
+    loss_chunk_tokens: int | None
+    """Tokens whose logits exist at a time in the loss, made once more in backward; null means all of a micro-batch's."""
+    label_smoothing: float
+    """Share of each training target that is spread evenly over the vocabulary; evaluation has none."""
     init_from: str | None
     """Folder with weights to start from."""
     sample_tokens: int
@@ -299,10 +316,23 @@ def _check_model(config: Config) -> None:
     if model.hidden_size % model.num_heads:
         raise refuse("model.num_heads", model.num_heads, f"does not divide model.hidden_size={model.hidden_size}",
                      f"use {_near(_divisors(model.hidden_size), model.num_heads)}")  # fmt: skip
+    if model.num_heads % model.kv_heads:
+        raise refuse("model.num_kv_heads", model.kv_heads, f"does not divide model.num_heads={model.num_heads}",
+                     f"use {_near(_divisors(model.num_heads), model.kv_heads)}")  # fmt: skip
+    if model.position == "rope" and model.head_size % 2:
+        raise refuse("model.position", "rope", f"turns pairs, but hidden_size {model.hidden_size} / num_heads {model.num_heads} = "
+                     f"{model.head_size} is odd", "use model.position=learned, or heads of an even size")  # fmt: skip
+    good = [tp for tp in _divisors(math.gcd(model.num_heads, model.ffn_hidden_size)) if _splits_evenly(model.kv_heads, tp)]
     for key, size in (("num_heads", model.num_heads), ("ffn_hidden_size", model.ffn_hidden_size)):
         if size % parallel.tp:
-            good = _divisors(math.gcd(model.num_heads, model.ffn_hidden_size))
             raise refuse("parallel.tp", parallel.tp, f"does not divide model.{key}={size}", f"use {_near(good, parallel.tp)}")
+    if not _splits_evenly(model.kv_heads, parallel.tp):
+        rule = f"neither divides model.num_kv_heads={model.kv_heads} nor is a multiple of it"
+        raise refuse("parallel.tp", parallel.tp, rule, f"use {_near(good, parallel.tp)}")
+    if parallel.sequence_parallel and config.data.seq_len % parallel.tp:
+        low = config.data.seq_len // parallel.tp * parallel.tp
+        raise refuse("data.seq_len", config.data.seq_len, f"is not split evenly by parallel.tp={parallel.tp}, as sequence_parallel asks",
+                     f"use {low or parallel.tp} or parallel.sequence_parallel=false")  # fmt: skip
     if parallel.tp > model.vocab_size:
         raise refuse("parallel.tp", parallel.tp, f"is more than model.vocab_size={model.vocab_size}", f"use at most {model.vocab_size}")
     if parallel.pp > model.num_layers:
@@ -332,14 +362,12 @@ def _resolve_batch(config: Config) -> None:
 # ---- single values ---------------------------------------------------------------------------------------
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "model.position": ("learned",),
-    "model.norm": ("layernorm",),
-    "model.activation": ("gelu",),
-    "model.dropout": (0.0,),
-    "parallel.sequence_parallel": (False,),
+    "model.position": ("learned", "rope"),
+    "model.norm": ("layernorm", "rmsnorm"),
+    "model.activation": ("gelu", "swiglu"),
     "parallel.schedule": ("gpipe", "1f1b"),
     "parallel.stages_per_rank": (1,),
-    "parallel.recompute": ("none",),
+    "parallel.recompute": ("none", "selective", "full"),
     "train.precision": ("fp32", "bf16"),
     "train.compile": (False,),
     "train.init_from": (None,),
@@ -355,20 +383,20 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 _AT_LEAST: dict[str, float] = {
     "seed": 0,
     "model.vocab_size": 2, "model.hidden_size": 1, "model.num_layers": 1, "model.num_heads": 1,
-    "model.ffn_hidden_size": 1, "model.max_seq_len": 1, "model.init_std": 0,
+    "model.num_kv_heads": 1, "model.ffn_hidden_size": 1, "model.max_seq_len": 1, "model.init_std": 0, "model.dropout": 0,
     "parallel.tp": 1, "parallel.pp": 1, "parallel.micro_batch_size": 1, "parallel.micro_batches": 1,
     "train.max_steps": 0, "train.global_batch_size": 1, "train.log_every": 1, "train.eval_every": 0,
-    "train.eval_steps": 0, "train.sample_tokens": 0,
+    "train.eval_steps": 0, "train.sample_tokens": 0, "train.loss_chunk_tokens": 1, "train.label_smoothing": 0,
     "data.seq_len": 1, "data.num_sequences": 1, "data.vocab_size": 2, "data.val_fraction": 0,
     "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.momentum": 0,
     "lr_schedule.warmup_steps": 0, "lr_schedule.min_lr_ratio": 0,
     "checkpoint.every": 0, "checkpoint.keep": 1,
 }  # fmt: skip
 
-_ABOVE_ZERO = ("model.norm_eps", "optimizer.eps", "launch.timeout_seconds")
+_ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "optimizer.eps", "launch.timeout_seconds")
 _ABOVE_ZERO_OR_NULL = ("optimizer.grad_clip", "hardware.peak_flops_per_second")
 _AT_MOST_ONE = ("lr_schedule.min_lr_ratio",)
-_BELOW_ONE = ("data.val_fraction", "optimizer.momentum")
+_BELOW_ONE = ("data.val_fraction", "optimizer.momentum", "model.dropout", "train.label_smoothing")
 _INT_OR_AUTO = ("parallel.dp", "launch.threads_per_rank")
 
 
@@ -401,8 +429,6 @@ def _check_values(config: Config) -> None:
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise refuse("optimizer.betas", betas, "is not two numbers from 0 up to 1", "use [0.9,0.95]")
-    if config.model.num_kv_heads not in (None, config.model.num_heads):
-        raise refuse("model.num_kv_heads", config.model.num_kv_heads, "is not available", f"use null or {config.model.num_heads}")
     for key in ("optimizer.lr", "optimizer.weight_decay", "data.val_fraction"):
         if not math.isfinite(_get(config, key)):
             raise refuse(key, _get(config, key), "is not finite", "use a number")
@@ -413,6 +439,11 @@ def _get(config: Config, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
+
+
+def _splits_evenly(kv_heads: int, tp: int) -> bool:
+    """Whether each rank's query heads need whole key/value heads, the same number on every rank."""
+    return kv_heads % tp == 0 or tp % kv_heads == 0
 
 
 def _divisors(number: int) -> list[int]:

@@ -90,13 +90,22 @@ class Trainer:
 
     def step(self) -> StepResult:
         """One optimizer step on the next global batch."""
+        return self.update(self.compute_gradients())
+
+    def compute_gradients(self) -> Tensor:
+        """Leave the next global batch's gradient in the parameters, summed over all ranks and not yet clipped.
+
+        Returns the totals that `StepResult` describes.
+        """
         drop_copies(self.stage)
         inputs, targets = self._micro_batches(self.train_data, self.samples_done)
         tokens = self._count_tokens(targets)
         loss = self.engine.train(self.actions, inputs, targets, 1 / tokens.clamp(min=1), self.data_parallel.before_backward)
         self._sum_tied_embedding()
-        totals = self._totals(loss, tokens)
+        return self._totals(loss, tokens)
 
+    def update(self, totals: Tensor) -> StepResult:
+        """Clip what `compute_gradients` left, let the optimizer step, and clear the gradients."""
         gradients = [p.grad for p in self.stage.parameters() if p.grad is not None]
         if self.config.optimizer.grad_clip is not None:
             scale_gradients(gradients, clip_scale(totals[0].sqrt(), self.config.optimizer.grad_clip))
