@@ -44,6 +44,15 @@ class Case:
 
 TIED_SGD = {"optimizer__name": "sgd", "optimizer__lr": 0.5, "optimizer__weight_decay": 0.0}  # vocabulary 257
 UNTIED_ADAMW = {"model__tie_embeddings": False, "model__vocab_size": 1000}
+LLAMA = {
+    "model__position": "rope", "model__norm": "rmsnorm", "model__activation": "swiglu", "model__bias": False, "model__num_kv_heads": 2,
+    "model__tie_embeddings": False,
+}  # fmt: skip
+LLAMA_SGD = LLAMA | {"optimizer__name": "sgd", "optimizer__lr": 0.5, "optimizer__weight_decay": 0.0}
+MQA_SGD = LLAMA_SGD | {"model__num_kv_heads": 1, "model__bias": True}
+DROPOUT = {"model__dropout": 0.1}
+SMOOTHED = {"train__label_smoothing": 0.1, "train__loss_chunk_tokens": 12}
+SP = {"sequence_parallel": True}
 LAYOUTS = [
     {"tp": 2}, {"tp": 4}, {"dp": 2}, {"tp": 2, "dp": 2},
     *({"pp": 2, "schedule": schedule} | more
@@ -58,6 +67,21 @@ CASES = [
     Case({"tp": 2, "pp": 2, "micro_batch_size": 4}, {"model__bias": False}),
     Case({"tp": 4}, {"model__vocab_size": 5}),  # one rank owns no row of the vocabulary
     Case({"dp": 4}),
+    # grouped key/value heads, also fewer than tp has ranks
+    *(Case({"tp": 4} | more, base) for base in (LLAMA, LLAMA_SGD, MQA_SGD) for more in ({}, SP)),
+    Case({"tp": 2, "pp": 2}, LLAMA_SGD), Case({"tp": 2, "dp": 2} | SP, MQA_SGD), Case({"pp": 2, "dp": 2}, LLAMA),
+    # sequence parallelism
+    *(Case({"tp": 2} | SP | more, base) for more in ({}, {"pp": 2}, {"dp": 2}, {"pp": 2, "dp": 2}) for base in (TIED_SGD, LLAMA_SGD)),
+    Case({"tp": 4} | SP, {}), Case({"tp": 2, "pp": 2, "schedule": "gpipe"} | SP, UNTIED_ADAMW),
+    # recomputation
+    *(Case({"tp": 2, "recompute": how} | more, base)
+      for how in ("selective", "full") for more in ({}, {"pp": 2} | SP, {"dp": 2}) for base in (TIED_SGD, LLAMA_SGD)),
+    # the loss
+    Case({"tp": 2}, SMOOTHED | TIED_SGD), Case({"tp": 4, "pp": 2} | SP, SMOOTHED | LLAMA_SGD), Case({"dp": 2, "tp": 2}, SMOOTHED),
+    # dropout belongs to the sample and the place in the model
+    Case({"tp": 2}, DROPOUT | TIED_SGD), Case({"tp": 2, "pp": 2} | SP, DROPOUT | LLAMA_SGD),
+    Case({"tp": 2, "dp": 2, "recompute": "full"} | SP, DROPOUT | TIED_SGD), Case({"pp": 2, "micro_batch_size": 1}, DROPOUT | TIED_SGD),
+    Case({"tp": 4, "recompute": "selective"}, DROPOUT | LLAMA_SGD),
 ]  # fmt: skip
 
 
@@ -92,7 +116,7 @@ def train_case(rank: int, cases: list[tuple[str, Any]]) -> dict[str, Any]:
 def serial() -> dict[str, Any]:
     """One process's result for each model and optimizer."""
     bases = {repr(case.base): case.config(alone=True) for case in CASES}
-    return run_ranks(1, train_case, list(bases.items()))[0]
+    return run_ranks(1, train_case, list(bases.items()), timeout=540)[0]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +125,7 @@ def parallel() -> dict[str, list[Any]]:
     results: dict[str, list[Any]] = {}
     for world in sorted({case.world for case in CASES}):
         cases = [(case.name, case.config()) for case in CASES if case.world == world]
-        ranks = run_ranks(world, train_case, cases)
+        ranks = run_ranks(world, train_case, cases, timeout=540)
         results |= {name: [rank[name] for rank in ranks] for name, _ in cases}
     return results
 

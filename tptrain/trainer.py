@@ -18,7 +18,7 @@ from tptrain.config import Config
 from tptrain.data.sampler import Sampler
 from tptrain.data_parallel import DataParallel
 from tptrain.mesh import Mesh
-from tptrain.model.gpt import GPTStage
+from tptrain.model.gpt import Execution, GPTStage
 from tptrain.model.init import initialise
 from tptrain.optim.grad_norm import clip_scale, scale_gradients, squared_norm
 from tptrain.optim.lr_schedules import learning_rate
@@ -29,8 +29,10 @@ from tptrain.pipeline.schedules import SCHEDULES, forward_only, with_transfers
 from tptrain.pipeline.transfer import Transfer
 from tptrain.pipeline.validate import validate
 from tptrain.tensor_parallel.broadcast import broadcast_from_first
+from tptrain.tensor_parallel.communication import all_reduce_flat
 from tptrain.tensor_parallel.cross_entropy import IGNORE_INDEX
-from tptrain.tensor_parallel.parameter import compute_in, drop_copies, local_part
+from tptrain.tensor_parallel.parameter import compute_in, drop_copies, local_part, partial_gradients
+from tptrain.tensor_parallel.random import Stream
 
 _EVALUATION_SEED = 0
 """The same for all runs: the held-out samples in a mixed order, so that a few batches already stand for all documents."""
@@ -69,7 +71,8 @@ class Trainer:
         self.config, self.mesh = config, mesh
         model, parallel = config.model, config.parallel
         first_layer, last_layer = even_partition(model.num_layers, mesh.pp_size)[mesh.pp_rank]
-        self.stage = GPTStage(model, first_layer, last_layer, mesh.tp, mesh.device)
+        execution = Execution(parallel.sequence_parallel, parallel.recompute, config.train.loss_chunk_tokens)
+        self.stage = GPTStage(model, first_layer, last_layer, mesh.tp, mesh.device, execution)
         initialise(self.stage, model, config.seed)
         self.dtype = _DTYPES[config.train.precision]
         compute_in(self.stage, self.dtype)
@@ -101,6 +104,7 @@ class Trainer:
         inputs, targets = self._micro_batches(self.train_data, self.samples_done)
         tokens = self._count_tokens(targets)
         loss = self.engine.train(self.actions, inputs, targets, 1 / tokens.clamp(min=1), self.data_parallel.before_backward)
+        self._sum_partial_gradients()
         self._sum_tied_embedding()
         return self._totals(loss, tokens)
 
@@ -126,6 +130,22 @@ class Trainer:
             if self.mesh.dp_size > 1:
                 dist.all_reduce(tokens, group=self.mesh.dp_group)
         return tokens
+
+    def _run_stage(self, x: Tensor, targets: Tensor | None, micro_batch: int) -> Tensor:
+        """The stage as the engine calls it: in training with the numbers of the samples that dropout belongs to."""
+        if not self.stage.training:
+            return self.stage(x, targets)
+        rows = self.config.batch_size // self.mesh.dp_size
+        first = self.samples_done + self.mesh.dp_rank * rows + micro_batch * self.config.parallel.micro_batch_size
+        stream = Stream(self.config.seed, first) if self.config.model.dropout else None
+        return self.stage(x, targets, stream, self.config.train.label_smoothing)
+
+    def _sum_partial_gradients(self) -> None:
+        """Sum over tp what each of its ranks has only a part of, in one message: norms and biases under sequence parallelism
+        (a part of the sequence), shared key/value weights (a part of the query heads)."""
+        gradients = partial_gradients(self.stage)
+        if gradients and self.mesh.tp_size > 1:
+            all_reduce_flat(gradients, self.mesh.tp_group)
 
     def _sum_tied_embedding(self) -> None:
         """Add the gradients of the embedding's two copies, one as the table and one as the head, on both."""
@@ -160,12 +180,14 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         assert self.val_data is not None, "train.eval_steps is 0"
         drop_copies(self.stage)
+        self.stage.eval()
         samples = self.val_data.samples_per_epoch
         for first in range(0, min(self.config.train.eval_steps * batch, samples), batch):
             inputs, targets = self._micro_batches(self.val_data, first, samples)
             for loss, target in zip(self.engine.infer(actions, inputs, targets), targets or (), strict=False):
                 totals += torch.stack((loss.double(), (target != IGNORE_INDEX).sum().double()))
         self.data_parallel.release()
+        self.stage.train()
         if self.mesh.tp_rank > 0:
             totals.zero_()
         if self.mesh.world.size() > 1:
@@ -176,15 +198,19 @@ class Trainer:
     def sample(self, prompt: list[int], count: int, end: int, temperature: float = 0.8) -> list[int]:
         """Up to `count` tokens that follow `prompt`, ended by token `end`; the same on every rank."""
         drop_copies(self.stage)
+        self.stage.eval()
         generator = torch.Generator().manual_seed(self.config.seed)
         tokens = list(prompt)
         actions = with_transfers(forward_only(self.mesh.pp_size, 1))[self.mesh.pp_rank]
         while len(tokens) < len(prompt) + count:
             context = torch.tensor([tokens[-self.config.data.seq_len :]], device=self.mesh.device)
+            last = context.shape[1] - 1
+            if self.config.parallel.sequence_parallel:  # what follows the last token changes nothing before it
+                context = torch.nn.functional.pad(context, (0, -context.shape[1] % self.mesh.tp_size))
             outputs = self._engine(1, context.shape[1]).infer(actions, [context], None)
             following = torch.zeros((), dtype=torch.int64, device=self.mesh.device)
             if outputs:
-                probabilities = (self._whole_logits(outputs[0][0, -1]) / temperature).softmax(0).cpu()
+                probabilities = (self._whole_logits(outputs[0][0, last]) / temperature).softmax(0).cpu()
                 following += torch.multinomial(probabilities, 1, generator=generator).item()
             if self.mesh.pp_size > 1:
                 dist.broadcast(following, self.mesh.pp_ranks[-1], group=self.mesh.pp_forward)
@@ -192,6 +218,7 @@ class Trainer:
                 break
             tokens.append(int(following))
         self.data_parallel.release()
+        self.stage.train()
         return tokens[len(prompt) :]
 
     def _whole_logits(self, part: Tensor) -> Tensor:
@@ -206,9 +233,10 @@ class Trainer:
     # ---- batches -------------------------------------------------------------------------------------------
 
     def _engine(self, rows: int, columns: int) -> PipelineEngine:
-        """An engine whose activations are [rows, columns, hidden]."""
+        """An engine for micro-batches [rows, columns]; under sequence parallelism stages send each other 1/tp of the columns."""
+        columns //= self.mesh.tp_size if self.config.parallel.sequence_parallel else 1
         transfer = Transfer(self.mesh, (rows, columns, self.config.model.hidden_size), self.dtype)
-        return PipelineEngine(self.stage, self.mesh.pp_rank, self.mesh.pp_size, transfer)
+        return PipelineEngine(self._run_stage, self.mesh.pp_rank, self.mesh.pp_size, transfer)
 
     def _micro_batches(self, data: Sampler, first: int, limit: int | None = None) -> tuple[list[Tensor] | None, list[Tensor] | None]:
         """Inputs and targets of this dp rank's share of the global batch that starts at sample `first`.
@@ -224,7 +252,7 @@ class Trainer:
         if self.mesh.tp_rank == 0:
             present = rows if limit is None else max(0, min(rows, limit - first))
             batch[:present] = torch.from_numpy(data.rows(first, present)).to(self.mesh.device)
-        broadcast_from_first(batch, self.mesh.tp_group)
+        broadcast_from_first([batch], self.mesh.tp_group)
         size = self.config.parallel.micro_batch_size
         inputs, targets = batch[:, :-1].clamp(min=0), batch[:, 1:]
         return list(inputs.split(size)), list(targets.split(size))

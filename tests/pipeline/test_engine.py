@@ -43,7 +43,7 @@ class ToyStage(nn.Module):
     def live(self) -> int:
         return sum(handle() is not None for handle in self.handles)
 
-    def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None, micro_batch: int) -> Tensor:
         assert x.shape == (ROWS, WIDTH)
         assert x.is_leaf
         assert x.requires_grad == (torch.is_grad_enabled() and not self.is_first), "a received activation needs a gradient"

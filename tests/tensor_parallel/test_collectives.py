@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 from tests.ranks import run_ranks
 from tests.tensor_parallel.support import collectives, mesh_of, random
-from tptrain.tensor_parallel.collectives import all_reduce_sum, copy_to_group, reduce_from_group
+from tptrain.tensor_parallel.collectives import copy_to_group, reduce_from_group
+from tptrain.tensor_parallel.communication import all_reduce
 
 LAYOUTS = [(1, {"tp": 1}), (2, {"tp": 2}), (4, {"tp": 4}), (4, {"tp": 2, "dp": 2})]
 
@@ -50,7 +51,7 @@ def check_formulas(mesh) -> None:
             assert_close(gradient, backward, msg=lambda text, f=function, n=name: f"{f.__name__} backward, {n}: {text}")
             assert torch.equal(x, kept_x), "the caller's input changed"
             assert torch.equal(every_gradient[me], kept_gradient), "the incoming gradient changed"
-        total = all_reduce_sum(every_x[me], group)
+        total = all_reduce(every_x[me], group)
         assert_close(total, sum(every_x))
         assert total.data_ptr() != every_x[me].data_ptr()
         assert torch.equal(every_x[me], kept_x)

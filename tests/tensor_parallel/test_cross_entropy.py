@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from tests.ranks import run_ranks
 from tests.tensor_parallel.support import collectives, mesh_of, part, random
-from tptrain.tensor_parallel.cross_entropy import IGNORE_INDEX, vocab_parallel_cross_entropy
-from tptrain.tensor_parallel.parameter import shard_bounds
+from tptrain.tensor_parallel.communication import shard_bounds
+from tptrain.tensor_parallel.cross_entropy import IGNORE_INDEX, Vocabulary, vocab_parallel_cross_entropy
 
 LAYOUTS = [(1, {"tp": 1}), (2, {"tp": 2}), (4, {"tp": 4}), (4, {"tp": 2, "dp": 2})]
 TOKENS = 12
@@ -46,7 +46,7 @@ def check(mesh, whole: Tensor, targets: Tensor) -> None:
     start, _ = shard_bounds(whole.shape[1], mesh.tp_size, mesh.tp_rank)
     logits = part(whole, *mine).detach().requires_grad_()
     kept_logits, kept_targets = logits.detach().clone(), targets.clone()
-    loss = vocab_parallel_cross_entropy(logits, targets, start, mesh.tp_group)
+    loss = vocab_parallel_cross_entropy(logits, targets, Vocabulary(start, whole.shape[1], mesh.tp_group))
 
     twin = whole.detach().float().requires_grad_()
     expected = F.cross_entropy(twin, targets, reduction="none", ignore_index=IGNORE_INDEX)
@@ -80,7 +80,7 @@ def check_communication(mesh) -> None:
     torch.distributed.all_reduce = counted
     try:
         with collectives() as forward:
-            loss = vocab_parallel_cross_entropy(logits, torch.arange(TOKENS), start, mesh.tp_group)
+            loss = vocab_parallel_cross_entropy(logits, torch.arange(TOKENS), Vocabulary(start, vocabulary, mesh.tp_group))
         with collectives() as backward:
             loss.sum().backward()
     finally:
@@ -95,7 +95,7 @@ def check_no_column_is_added(mesh) -> None:
     for vocabulary in (5, 7, 257):
         start, stop = shard_bounds(vocabulary, mesh.tp_size, mesh.tp_rank)
         logits = torch.full((vocabulary, stop - start), -3.0, requires_grad=True)
-        loss = vocab_parallel_cross_entropy(logits, torch.arange(vocabulary), start, mesh.tp_group)
+        loss = vocab_parallel_cross_entropy(logits, torch.arange(vocabulary), Vocabulary(start, vocabulary, mesh.tp_group))
         assert_close(loss, torch.full((vocabulary,), float(vocabulary)).log())
         loss.sum().backward()
         rows = torch.eye(vocabulary)[:, start:stop]

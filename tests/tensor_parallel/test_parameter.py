@@ -12,8 +12,9 @@ from torch.testing import assert_close
 
 from tests.ranks import run_ranks
 from tests.tensor_parallel.support import collectives, fill, mesh_of, part, random, whole_gradient
+from tptrain.tensor_parallel.communication import shard_bounds
 from tptrain.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from tptrain.tensor_parallel.parameter import compute_in, drop_copies, labelled_parameter, local, local_part, shard_bounds
+from tptrain.tensor_parallel.parameter import compute_in, drop_copies, labelled_parameter, local_part
 
 
 def test_shard_bounds_are_those_of_torch_chunk() -> None:
@@ -60,16 +61,17 @@ def check_label_and_split(mesh) -> None:
 
 
 def check_local(mesh) -> None:
-    parameter = labelled_parameter((8, 3), 0, mesh.tp, torch.device("cpu"))
+    layer = ColumnParallelLinear(3, 8, False, mesh.tp, torch.device("cpu"))
+    parameter = layer.weight
     fill(parameter, random(8, 3, seed=2))
     mine = part(random(8, 3, seed=2), 0, mesh.tp_size, mesh.tp_rank)
     with torch.no_grad():
-        without_graph = local(parameter)
-    for view in (local(parameter), without_graph, local_part(parameter)):
+        without_graph = layer.part("weight")
+    for view in (layer.part("weight"), without_graph, layer.values("weight"), local_part(parameter)):
         assert not isinstance(view, DTensor)
         assert_close(view.detach(), mine)
         assert view.data_ptr() == parameter.to_local().data_ptr(), "not the parameter's own memory"
-    assert local(parameter).requires_grad
+    assert layer.part("weight").requires_grad
     assert not without_graph.requires_grad
     assert not local_part(parameter).requires_grad
     plain = torch.ones(2, requires_grad=True)

@@ -8,12 +8,14 @@ from tptrain.config import ModelConfig
 def num_parameters(model: ModelConfig) -> int:
     """Parameters of the whole model, a tied embedding counted once."""
     h, ffn, layers, bias = model.hidden_size, model.ffn_hidden_size, model.num_layers, int(model.bias)
-    norm = h * (1 + bias)
-    attention = 4 * (h * h + bias * h)
-    mlp = 2 * h * ffn + bias * (ffn + h)
+    kv, columns = model.kv_heads * model.head_size, _mlp_columns(model)
+    norm = h * (1 + bias * (model.norm == "layernorm"))
+    attention = 2 * (h * h + bias * h) + 2 * (kv * h + bias * kv)
+    mlp = columns * (h * ffn + bias * ffn) + ffn * h + bias * h
     embedding = model.vocab_size * h
     head = 0 if model.tie_embeddings else embedding
-    return layers * (attention + mlp + 2 * norm) + embedding + model.max_seq_len * h + norm + head
+    positions = model.max_seq_len * h if model.position == "learned" else 0
+    return layers * (attention + mlp + 2 * norm) + embedding + positions + norm + head
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
@@ -23,7 +25,12 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     head, and attention's two products over the whole sequence, not its causal half: the convention of the PaLM paper
     (Chowdhery et al. 2022, appendix B) and of most published MFU figures.
     """
-    h, ffn = model.hidden_size, model.ffn_hidden_size
-    weights = model.num_layers * (4 * h * h + 2 * h * ffn) + model.vocab_size * h
+    h, ffn, kv = model.hidden_size, model.ffn_hidden_size, model.kv_heads * model.head_size
+    weights = model.num_layers * (2 * h * h + 2 * kv * h + (_mlp_columns(model) + 1) * h * ffn) + model.vocab_size * h
     attention = model.num_layers * 2 * h * seq_len
     return 3 * 2 * (weights + attention)
+
+
+def _mlp_columns(model: ModelConfig) -> int:
+    """Matrices [ffn, h] of the MLP: up, and with swiglu a gate."""
+    return 2 if model.activation == "swiglu" else 1

@@ -1,54 +1,92 @@
-"""A GPT, or the contiguous run of its layers that one pipeline stage holds (GPT-2's shape, Radford et al. 2019).
+"""A GPT, or the contiguous run of its layers that one pipeline stage holds.
 
     tokens ─ embedding ─ + positions ─ [ x + attention(norm(x)) ─ x + mlp(norm(x)) ] * num_layers ─ norm ─ head ─ loss
              └───────── first stage ──┘└──────────── each stage, its layers ───────┘└──── last stage ────┘
+
+Two families by config: GPT-2's (Radford et al. 2019: learned positions, LayerNorm, GELU, biases) and Llama's (Touvron et al.
+2023: rotary positions inside attention, RMSNorm, SwiGLU, grouped key/value heads, no biases).
 
 Parameters keep the names they have in the whole model (`layers.17.mlp.up.weight`) on whatever stage they live.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tptrain.config import ModelConfig
 from tptrain.model.attention import Attention
 from tptrain.model.mlp import MLP
-from tptrain.model.norm import LayerNorm
-from tptrain.tensor_parallel.collectives import copy_to_group
-from tptrain.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-from tptrain.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from tptrain.model.norm import NORMS
+from tptrain.model.recompute import forgetting, remade
+from tptrain.model.rotary import Rotation, rotation
+from tptrain.tensor_parallel.collectives import SEQUENCE, copy_to_group, gather_from_sequence
+from tptrain.tensor_parallel.cross_entropy import Vocabulary, chunked_cross_entropy, vocab_parallel_cross_entropy
+from tptrain.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding, head_of
+from tptrain.tensor_parallel.linear import column_linears
 from tptrain.tensor_parallel.parameter import LabelledModule, labelled_parameter
+from tptrain.tensor_parallel.random import Stream, dropout
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a stage computes what its model says; no choice here changes the result."""
+
+    sequence_parallel: bool = False
+    """Split what lies between the split layers over tp along the sequence."""
+    recompute: str = "none"
+    """What is made again in backward, see `recompute.py`."""
+    loss_chunk_tokens: int | None = None
+    """Tokens whose logits exist at a time in the loss; None means all."""
 
 
 class Block(nn.Module):
     """One pre-norm transformer block. [b, s, h] -> [b, s, h]."""
 
-    def __init__(self, model: ModelConfig, tp: DeviceMesh, device: torch.device) -> None:
+    def __init__(self, model: ModelConfig, tp: DeviceMesh, device: torch.device, execution: Execution) -> None:
         super().__init__()
-        self.attention_norm = LayerNorm(model, tp, device)
-        self.attention = Attention(model, tp, device)
-        self.mlp_norm = LayerNorm(model, tp, device)
-        self.mlp = MLP(model, tp, device)
+        sequence, self.recompute = execution.sequence_parallel, execution.recompute
+        selective = execution.recompute == "selective"
+        self.dropout, self.sequence_group = model.dropout, tp.get_group() if sequence else None
+        self.attention_norm = NORMS[model.norm](model, tp, device, sequence)
+        self.attention = Attention(model, tp, device, sequence, selective)
+        self.mlp_norm = NORMS[model.norm](model, tp, device, sequence)
+        self.mlp = MLP(model, tp, device, sequence, selective)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [b, s, h] -> the same."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, turn: Rotation | None = None, stream: Stream | None = None) -> Tensor:
+        """x: [b, s, h] -> the same; under sequence parallelism [b, s/tp, h]. turn and stream: see `Attention`."""
+        return remade(self.run, x, turn, stream) if self.recompute == "full" else self.run(x, turn, stream)
+
+    def run(self, x: Tensor, turn: Rotation | None, stream: Stream | None) -> Tensor:
+        """The block itself."""
+        attention_stream, mlp_stream = (stream.at("attention"), stream.at("mlp")) if stream else (None, None)
+        normed, before = self.attention_norm(x), x.detach()
+        with forgetting(normed, lambda: self.attention_norm(before), self.recompute == "selective"):
+            y = self.attention(normed, turn, attention_stream)
+        x = x + dropout(y, self.dropout, attention_stream, self.sequence_group)
+        normed, between = self.mlp_norm(x), x.detach()
+        with forgetting(normed, lambda: self.mlp_norm(between), self.recompute == "selective"):
+            y = self.mlp(normed)
+        return x + dropout(y, self.dropout, mlp_stream, self.sequence_group)
 
 
 class Positions(LabelledModule):
-    """Learned position embeddings, replicated. [b, s, h] -> [b, s, h]."""
+    """Learned position embeddings, replicated. [b, s, h] -> [b, s, h], or this rank's part of the sequence -> the same."""
 
-    def __init__(self, model: ModelConfig, tp: DeviceMesh, device: torch.device) -> None:
+    def __init__(self, model: ModelConfig, tp: DeviceMesh, device: torch.device, sequence_parallel: bool) -> None:
         super().__init__()
         self.weight = labelled_parameter((model.max_seq_len, model.hidden_size), None, tp, device)
+        self.part_of_sequence = tp.get_local_rank() if sequence_parallel else 0
+        if sequence_parallel:
+            self.partial_gradients = ("weight",)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [b, s, h] -> x plus the embedding of each position."""
-        return x + F.embedding(torch.arange(x.shape[1], device=x.device), self.part("weight"))
+        first = self.part_of_sequence * x.shape[SEQUENCE]
+        return x + self.part("weight")[first : first + x.shape[SEQUENCE]].to(x.dtype)
 
 
 class GPTStage(nn.Module):
@@ -59,45 +97,76 @@ class GPTStage(nn.Module):
     Values are uninitialised; see `init.py`.
     """
 
-    def __init__(self, model: ModelConfig, first_layer: int, last_layer: int, tp: DeviceMesh, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        first_layer: int,
+        last_layer: int,
+        tp: DeviceMesh,
+        device: torch.device,
+        execution: Execution = Execution(),
+    ) -> None:
         super().__init__()
+        self.model, self.execution, self.group = model, execution, tp.get_group()
         self.is_first, self.is_last = first_layer == 0, last_layer == model.num_layers
-        self.group = tp.get_group()
+        sequence = execution.sequence_parallel
+        self.sequence_group = self.group if sequence else None
         if self.is_first or (self.is_last and model.tie_embeddings):
-            self.embedding = VocabParallelEmbedding(model.vocab_size, model.hidden_size, tp, device)
-        if self.is_first:
-            self.positions = Positions(model, tp, device)
-        self.layers = nn.ModuleDict({str(i): Block(model, tp, device) for i in range(first_layer, last_layer)})
+            self.embedding = VocabParallelEmbedding(model.vocab_size, model.hidden_size, tp, device, sequence_parallel=sequence)
+        if self.is_first and model.position == "learned":
+            self.positions = Positions(model, tp, device, sequence)
+        self.layers = nn.ModuleDict({str(i): Block(model, tp, device, execution) for i in range(first_layer, last_layer)})
+        self.head: ColumnParallelLinear | None = None
         if self.is_last:
-            self.final_norm = LayerNorm(model, tp, device)
-            self.head = None if model.tie_embeddings else ColumnParallelLinear(model.hidden_size, model.vocab_size, False, tp, device)
+            self.final_norm = NORMS[model.norm](model, tp, device, sequence)
+            if not model.tie_embeddings:
+                self.head = ColumnParallelLinear(model.hidden_size, model.vocab_size, False, tp, device, sequence_parallel=sequence)
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None = None, stream: Stream | None = None, label_smoothing: float = 0.0) -> Tensor:
         """Run the stage.
 
         x: token ids [b, s] on the first stage, else the activations [b, s, h] of the stage before.
-        targets: [b, s], on the last stage in training and evaluation.
+        targets: [b, s], on the last stage in training and evaluation. stream: what dropout draws from; None: no dropout.
         Returns activations [b, s, h]; on the last stage the summed loss in nats (fp32 scalar), or without targets
-        this rank's logits [b, s, vocab/tp].
+        this rank's logits [b, s, vocab/tp]. Under sequence parallelism activations are [b, s/tp, h].
         """
         if self.is_first:
-            x = self.positions(self.embedding(x))
-        for block in self.layers.values():
-            x = block(x)
+            x = self.embed(x, stream)
+        turn = self.rotation(x)
+        for name, block in self.layers.items():
+            x = block(x, turn, stream.at(f"layers.{name}") if stream else None)
         if not self.is_last:
             return x
-        logits = self.logits(self.final_norm(x))
-        return logits if targets is None else self.loss(logits, targets)
+        x = self.final_norm(x)
+        return self.logits(x) if targets is None else self.loss(x, targets, label_smoothing)
+
+    def embed(self, tokens: Tensor, stream: Stream | None = None) -> Tensor:
+        """tokens: [b, s] -> activations [b, s, h], or [b, s/tp, h] under sequence parallelism."""
+        x = self.embedding(tokens)
+        if self.model.position == "learned":
+            x = self.positions(x)
+        return dropout(x, self.model.dropout, stream.at("embedding") if stream else None, self.sequence_group)
+
+    def rotation(self, x: Tensor) -> Rotation | None:
+        """What the blocks turn q and k by, for activations x that begin the sequence."""
+        if self.model.position != "rope":
+            return None
+        length = x.shape[SEQUENCE] * (self.sequence_group.size() if self.sequence_group else 1)
+        return rotation(torch.arange(length, device=x.device), self.model.head_size, self.model.rope_theta)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x: [b, s, h] -> this rank's logits [b, s, vocab/tp]."""
-        if self.head is not None:
-            return self.head(x)
-        return F.linear(copy_to_group(x, self.group), self.embedding.part("weight"))
+        """x: [b, s, h], or this rank's part of the sequence -> this rank's logits [b, s, vocab/tp]."""
+        return column_linears(x, [head_of(self.head or self.embedding)], self.group, self.execution.sequence_parallel)[0]
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The sum of the tokens' losses in nats, an fp32 scalar equal on all tp ranks."""
-        return vocab_parallel_cross_entropy(logits.flatten(0, 1), targets.flatten(), self.vocab_start, self.group).sum()
+    def loss(self, x: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        """The sum of the tokens' losses in nats, an fp32 scalar equal on all tp ranks. x: as in `logits`."""
+        vocabulary = Vocabulary(self.vocab_start, self.model.vocab_size, self.group)
+        chunk = self.execution.loss_chunk_tokens
+        if chunk is None:
+            return vocab_parallel_cross_entropy(self.logits(x).flatten(0, 1), targets.flatten(), vocabulary, label_smoothing).sum()
+        x = gather_from_sequence(x, self.group, True) if self.execution.sequence_parallel else copy_to_group(x, self.group)
+        head = head_of(self.head or self.embedding)
+        return chunked_cross_entropy(x.flatten(0, 1), head, targets.flatten(), vocabulary, label_smoothing, chunk).sum()
 
     @property
     def vocab_start(self) -> int:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from tptrain.config import ModelConfig
-from tptrain.tensor_parallel.parameter import shard_bounds
+from tptrain.tensor_parallel.communication import shard_bounds
 
 _BLOCK_ELEMENTS = 1 << 16
 _RESIDUAL_PROJECTIONS = ("attention.out.weight", "mlp.down.weight")

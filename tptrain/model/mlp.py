@@ -1,4 +1,4 @@
-"""The block's MLP: column-parallel up, GELU, row-parallel down."""
+"""The block's MLP: column-parallel up (and gate), the activation, row-parallel down."""
 
 from __future__ import annotations
 
@@ -8,17 +8,52 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tptrain.config import ModelConfig
-from tptrain.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from tptrain.model.recompute import forgetting
+from tptrain.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, fan_out
+
+
+def gelu(up: Tensor) -> Tensor:
+    """GPT-2's tanh form."""
+    return F.gelu(up, approximate="tanh")
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202)."""
+    return F.silu(gate) * up
 
 
 class MLP(nn.Module):
-    """down(gelu(up(x))) with ffn_hidden_size/tp inner units on this rank. [b, s, h] -> [b, s, h]."""
+    """down(activation(up(x))) with ffn_hidden_size/tp inner units on this rank. [b, s, h] -> [b, s, h].
 
-    def __init__(self, model: ModelConfig, tp: DeviceMesh, device: torch.device) -> None:
+    activation: gelu of up, or with swiglu also of a gate. recompute: keep only what goes into it, see `recompute.py`.
+    """
+
+    def __init__(self, model: ModelConfig, tp: DeviceMesh, device: torch.device, sequence_parallel: bool, recompute: bool) -> None:
         super().__init__()
-        self.up = ColumnParallelLinear(model.hidden_size, model.ffn_hidden_size, model.bias, tp, device)
-        self.down = RowParallelLinear(model.ffn_hidden_size, model.hidden_size, model.bias, tp, device)
+        self.activation = swiglu if model.activation == "swiglu" else gelu
+        self.recompute = recompute
+
+        def column() -> ColumnParallelLinear:
+            return ColumnParallelLinear(
+                model.hidden_size, model.ffn_hidden_size, model.bias, tp, device, sequence_parallel=sequence_parallel
+            )  # fmt: skip
+
+        if model.activation == "swiglu":
+            self.gate = column()
+        self.up = column()
+        self.down = RowParallelLinear(
+            model.ffn_hidden_size, model.hidden_size, model.bias, tp, device, sequence_parallel=sequence_parallel
+        )  # fmt: skip
+
+    @property
+    def columns(self) -> list[ColumnParallelLinear]:
+        """The layers that share the input, in the order of the activation's arguments."""
+        return [self.gate, self.up] if self.activation is swiglu else [self.up]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [b, s, h], equal on all tp ranks -> the same."""
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        """x: [b, s, h], equal on all tp ranks -> the same; under sequence parallelism [b, s/tp, h], this rank's part."""
+        inner = fan_out(x, self.columns)
+        activated = self.activation(*inner)
+        kept = [tensor.detach() for tensor in inner]
+        with forgetting(activated, lambda: self.activation(*kept), self.recompute):
+            return self.down(activated)

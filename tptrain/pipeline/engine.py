@@ -1,7 +1,7 @@
 """Runs any schedule on any stage.
 
-The engine knows no model. A stage is a callable (input, targets or None) -> output; the first stage's input is a
-micro-batch of the batch, the last stage's output with targets is the micro-batch's summed loss.
+The engine knows no model. A stage is a callable (input, targets or None, micro-batch's number) -> output; the first stage's input
+is a micro-batch of the batch, the last stage's output with targets is the micro-batch's summed loss.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from tptrain.pipeline.schedules import Action, Kind
 from tptrain.pipeline.transfer import Receive, Transfer
 
-Stage = Callable[[Tensor, Tensor | None], Tensor]
+Stage = Callable[[Tensor, Tensor | None, int], Tensor]
 
 
 class PipelineEngine:
@@ -82,7 +82,7 @@ class PipelineEngine:
         else:
             x = self._receives.pop((Kind.RECEIVE_ACTIVATION, m)).wait()
             x.requires_grad_(torch.is_grad_enabled())
-        output = self.stage(x, targets[m] if targets is not None and self.is_last else None)
+        output = self.stage(x, targets[m] if targets is not None and self.is_last else None, m)
         self._live[m] = (x, output)
         if not self.is_last:
             self._activations[m] = output.detach()

@@ -1,0 +1,144 @@
+"""Communication on plain tensors, not differentiable: what the autograd pairs and the layers are made of.
+
+Each `start_*` returns at once with a `Pending`; computation between it and `wait()` runs while the messages travel. All
+results are tensors of their own, contiguous, and the inputs may have any strides.
+
+Two ways to gather and to reduce-scatter:
+    exchange   each rank sends each other rank the part meant for it. On the CPU (gloo) it takes half the time of gloo's own
+               collectives for the small groups of tensor parallelism, and parts may be of different sizes.
+    library    one call of NCCL, which wants equal parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renames these two; 2.11 has the old names alone.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Pending:
+    """A result under way."""
+
+    def __init__(self, works: Sequence[dist.Work | None], finish: Callable[[], Tensor]) -> None:
+        self._works, self._finish = works, finish
+
+    def wait(self) -> Tensor:
+        """The result, once it is here. Raises RuntimeError when a rank did not answer within the group's time limit."""
+        for work in self._works:
+            if work is not None:
+                work.wait()
+        return self._finish()
+
+
+def shard_bounds(size: int, parts: int, index: int) -> tuple[int, int]:
+    """First and one-past-last element of part `index` of `parts`.
+
+    >>> [shard_bounds(257, 4, i) for i in range(4)]
+    [(0, 65), (65, 130), (130, 195), (195, 257)]
+    """
+    step = -(-size // parts)
+    return min(index * step, size), min((index + 1) * step, size)
+
+
+def shard_sizes(size: int, parts: int) -> list[int]:
+    """Sizes of all parts; the last ones may be smaller, or zero.
+
+    >>> shard_sizes(5, 4)
+    [2, 2, 1, 0]
+    """
+    return [stop - start for start, stop in (shard_bounds(size, parts, index) for index in range(parts))]
+
+
+def split(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """This rank's part of `x` along `dim`, a view."""
+    start, stop = shard_bounds(x.shape[dim], group.size(), group.rank())
+    return x.narrow(dim, start, stop - start)
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """`x` reduced over the group, in a tensor of its own."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, op, group=group)
+    return total
+
+
+def start_all_reduce(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """The sum of the ranks' `x`. A contiguous `x` is reduced in place: the caller gives it away."""
+    total = x.contiguous()
+    return Pending([dist.all_reduce(total, group=group, async_op=True)], lambda: total)
+
+
+def start_all_gather(x: Tensor, dim: int, size: int, group: dist.ProcessGroup) -> Pending:
+    """The ranks' parts `x` side by side along `dim`, where the whole has `size` elements, split as `shard_bounds` says."""
+    sizes = shard_sizes(size, group.size())
+    x = x.contiguous()
+    if _by_exchange(x, sizes):
+        whole = x.new_empty(*x.shape[:dim], size, *x.shape[dim % x.ndim + 1 :])
+        places = whole.split(sizes, dim)
+        arriving = [place if place.is_contiguous() else torch.empty_like(place, memory_format=torch.contiguous_format) for place in places]
+        places[group.rank()].copy_(x)
+        works = _exchange([x] * group.size(), arriving, group)
+
+        def finish() -> Tensor:
+            for rank, (place, arrived) in enumerate(zip(places, arriving, strict=True)):
+                if place is not arrived and rank != group.rank():
+                    place.copy_(arrived)
+            return whole
+
+        return Pending(works, finish)
+    parts = x.new_empty(group.size(), *x.shape)
+    work = _all_gather_single(parts, x, group=group, async_op=True)
+    return Pending([work], lambda: parts.movedim(0, dim % x.ndim).flatten(dim % x.ndim, dim % x.ndim + 1).contiguous())
+
+
+def start_reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Pending:
+    """This rank's part along `dim` of the sum of the ranks' `x`."""
+    sizes = shard_sizes(x.shape[dim], group.size())
+    if _by_exchange(x, sizes):
+        leaving = [part.contiguous() for part in x.split(sizes, dim)]
+        mine = leaving[group.rank()]
+        arriving = [mine if rank == group.rank() else torch.empty_like(mine) for rank in range(group.size())]
+        works = _exchange(leaving, arriving, group)
+
+        def finish() -> Tensor:
+            total = arriving[0] + arriving[1]  # in the order of the ranks, whoever adds: the same bits everywhere
+            for part in arriving[2:]:
+                total += part
+            return total
+
+        return Pending(works, finish)
+    parts = x.unflatten(dim, (group.size(), -1)).movedim(dim % x.ndim, 0).contiguous()
+    total = torch.empty_like(parts[0])
+    return Pending([_reduce_scatter_single(total, parts, group=group, async_op=True)], lambda: total)
+
+
+def all_reduce_flat(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum each of many small tensors over the group, in place: one message a dtype rather than one a tensor."""
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        mine = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in mine])
+        dist.all_reduce(flat, group=group)
+        for tensor, total in zip(mine, flat.split([tensor.numel() for tensor in mine]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+
+def _by_exchange(x: Tensor, sizes: Sequence[int]) -> bool:
+    return x.device.type == "cpu" or len(set(sizes)) > 1
+
+
+def _exchange(leaving: Sequence[Tensor], arriving: Sequence[Tensor], group: dist.ProcessGroup) -> list[dist.Work]:
+    """Start sending leaving[i] to rank i of the group and receiving arriving[i] from it, for all i but this rank."""
+    operations = []
+    for peer in range(group.size()):
+        if peer != group.rank():
+            if leaving[peer].numel():
+                operations.append(dist.P2POp(dist.isend, leaving[peer], group=group, group_peer=peer))
+            if arriving[peer].numel():
+                operations.append(dist.P2POp(dist.irecv, arriving[peer], group=group, group_peer=peer))
+    return dist.batch_isend_irecv(operations) if operations else []

@@ -1,0 +1,143 @@
+"""The arithmetic of split linear layers, with their communication hidden under it.
+
+Backward of column-parallel layers that share an input, with sequence parallelism (without it: an all-reduce, and no gather):
+
+    communication    all-gather x ······ ┐      reduce-scatter x's gradient ······ ┐
+    computation      x's gradient ·······┴────> weight gradients ··················┴───>
+
+The layers of one input (q, k and v; gate and up) are one autograd function: their input gradients are summed here
+first, and one collective serves all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from tptrain.tensor_parallel.collectives import SEQUENCE
+from tptrain.tensor_parallel.communication import (
+    Pending,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+)
+from tptrain.tensor_parallel.parameter import add_gradient, add_product
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One linear layer as the functions here see it: parameters to add gradients to, and the plain values to compute with."""
+
+    weight: Tensor
+    weight_values: Tensor
+    """[out, in] of this rank."""
+    bias: Tensor | None
+    bias_values: Tensor | None
+    rows: slice | None = None
+    """The rows of the weight's local part that `weight_values` are, where not all."""
+
+
+def column_linears(x: Tensor, operands: Sequence[Operand], group: dist.ProcessGroup, sequence_parallel: bool) -> tuple[Tensor, ...]:
+    """y_i = x W_i^T + b_i for layers whose outputs are split over `group`.
+
+    x: [..., in], equal on all ranks; under sequence parallelism this rank's [b, s/tp, in]. Returns [..., out_i/tp] each.
+    Forward: no communication; sequence parallelism: one all-gather. Backward: one all-reduce of x's gradient, or a second
+    all-gather of x (rather than keeping it) and a reduce-scatter of its gradient; both run under matrix products.
+    """
+    return _ColumnLinears.apply(x, operands, group, sequence_parallel and group.size() > 1, *_parameters(operands))
+
+
+def row_linear(x: Tensor, operand: Operand, group: dist.ProcessGroup, sequence_parallel: bool) -> Tensor:
+    """y = sum over ranks of (x W^T) + b, for a layer whose inputs are split over `group`. x: [..., in/tp] -> [..., out].
+
+    Forward: all-reduce, or under sequence parallelism a reduce-scatter to [b, s/tp, out]; then the bias, once. Backward: no
+    communication, or an all-gather of y's gradient.
+    """
+    return _RowLinear.apply(x, operand, group, sequence_parallel and group.size() > 1, *_parameters([operand]))
+
+
+def _parameters(operands: Sequence[Operand]) -> list[Tensor]:
+    """What autograd has to see, so that it comes back here even where x needs no gradient."""
+    return [operand.weight for operand in operands] + [operand.bias for operand in operands if operand.bias is not None]
+
+
+class _ColumnLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, operands: Sequence[Operand], group: dist.ProcessGroup, sequence: bool, *_: Tensor) -> Any:
+        ctx.operands, ctx.group, ctx.sequence = operands, group, sequence
+        ctx.save_for_backward(x)
+        if sequence:
+            x = _start_gather(x, group).wait()
+        return tuple(F.linear(x, operand.weight_values, operand.bias_values) for operand in operands)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        gathering = _start_gather(x, ctx.group) if ctx.sequence else None
+        matrices = [_matrix(grad) for grad in grads]
+        pending: Pending | None = None
+        if ctx.needs_input_grad[0]:
+            x_grad = matrices[0] @ ctx.operands[0].weight_values
+            for matrix, operand in zip(matrices[1:], ctx.operands[1:], strict=True):
+                x_grad.addmm_(matrix, operand.weight_values)
+            x_grad = x_grad.view(*grads[0].shape[:-1], x_grad.shape[-1])
+            pending = _start_sum(x_grad, ctx.group, ctx.sequence)
+        x_matrix = _matrix(gathering.wait() if gathering else x)
+        for matrix, operand in zip(matrices, ctx.operands, strict=True):
+            _add_gradients(operand, matrix, x_matrix)
+        return pending.wait() if pending else None, *_none(ctx)
+
+
+class _RowLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, operand: Operand, group: dist.ProcessGroup, sequence: bool, *_: Tensor) -> Tensor:
+        ctx.operand, ctx.group, ctx.sequence = operand, group, sequence
+        ctx.save_for_backward(x)
+        partial = F.linear(x, operand.weight_values)
+        y = _start_sum(partial, group, sequence).wait()
+        return y if operand.bias_values is None else y.add_(operand.bias_values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        operand = ctx.operand
+        gathering = _start_gather(grad, ctx.group) if ctx.sequence else None
+        if operand.bias is not None:  # of this rank's part of the sequence, if that is split
+            add_gradient(operand.bias, _matrix(grad).sum(0))
+        matrix = _matrix(gathering.wait() if gathering else grad)
+        x_grad = (matrix @ operand.weight_values).view(x.shape) if ctx.needs_input_grad[0] else None
+        add_product(operand.weight, matrix, _matrix(x), operand.rows)
+        return x_grad, *_none(ctx)
+
+
+def _add_gradients(operand: Operand, y_grad: Tensor, x: Tensor) -> None:
+    add_product(operand.weight, y_grad, x, operand.rows)
+    if operand.bias is not None:
+        add_gradient(operand.bias, y_grad.sum(0), operand.rows)
+
+
+def _start_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    return start_all_gather(x, SEQUENCE, x.shape[SEQUENCE] * group.size(), group)
+
+
+def _start_sum(x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Pending:
+    """The sum of the ranks' `x`, given away, on all of them or each one's part of the sequence."""
+    if group.size() == 1:
+        return Pending([], lambda: x)
+    return start_reduce_scatter(x, SEQUENCE, group) if sequence else start_all_reduce(x, group)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """[..., h] -> [n, h]."""
+    return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
+
+
+def _none(ctx: Any) -> tuple[None, ...]:
+    """The gradients of everything but x: parameters' are added by hand."""
+    return (None,) * (len(ctx.needs_input_grad) - 1)
