@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ class DTensorTrainer:
         size = self.config.parallel.micro_batch_size
         tokens = rows * self.config.data.seq_len
         losses = [self.micro_batch(part[:, :-1], part[:, 1:], tokens) for part in batch.split(size)]
+        self.finish_gradients()
         norm = self.clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -57,6 +58,13 @@ class DTensorTrainer:
             loss.backward()
         return loss.detach().to_local()
 
+    def finish_gradients(self) -> None:
+        """Sum the gradients that are still partial: those of norms that saw their part of the sequence. Left alone, the norm and the
+        optimizer would each sum them."""
+        for parameter in self.model.parameters():
+            if isinstance(parameter.grad, DTensor) and parameter.grad.placements != parameter.placements:
+                parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
+
     def clip(self) -> Tensor:
         """Scale the gradients to a norm of at most grad_clip. Returns the norm before."""
         parts = [part for part in by_kind(self.model.parameters()) if part]
@@ -68,7 +76,7 @@ class DTensorTrainer:
         return norm
 
 
-def by_kind(tensors: object) -> tuple[list[Tensor], list[Tensor]]:
+def by_kind(tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """DTensors, and the others."""
-    both = list(tensors)  # type: ignore[call-overload]
+    both = list(tensors)
     return [t for t in both if isinstance(t, DTensor)], [t for t in both if not isinstance(t, DTensor)]

@@ -16,6 +16,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
@@ -34,6 +35,7 @@ from tptrain.mesh import Mesh, build_mesh
 from tptrain.trainer import Trainer
 
 RANKS = 2
+TIMEOUT_SECONDS = 600
 CPU = torch.device("cpu")
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
 
@@ -167,25 +169,28 @@ def text_of(counts: dict[str, int]) -> str:
 def measure(rank: int, folder: str, options: Options) -> None:
     """One rank's part: build all ways, check them, take turns; rank 0 prints."""
     torch.set_num_threads(1)
+    # full_tensor() is slow, which is fine while the sides are built
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    timeout = timedelta(seconds=TIMEOUT_SECONDS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timeout)
+    barrier = partial(dist.barrier, group=dist.group.WORLD)
     tokens = np.random.default_rng(0).integers(0, options.vocab, 100_000 + options.tokens)
     ways: dict[str, Callable[[], object]] = {"one process": lambda: None}
     alone = mesh_of_one()
     if rank == 0:
         single = Trainer(config_of(options, 1, False), alone, tokens, tokens)
         ways["one process"] = partial(our_step, single)
-        our_step(single)
+        say("one process step 1: loss {:.7f}; gradient norm {:.6f}".format(*our_step(single)))
     for sequence_parallel in options.variants:
         label = "tp2 sequence-parallel" if sequence_parallel else "tp2"
         config = config_of(options, RANKS, sequence_parallel)
-        ours, theirs = both_sides(config, build_mesh(config.parallel, CPU, 600), tokens)
+        ours, theirs = both_sides(config, build_mesh(config.parallel, CPU, TIMEOUT_SECONDS), tokens)
         ways[f"{label} ours"], ways[f"{label} DTensor"] = partial(our_step, ours), partial(their_step, theirs)
         check_equal_work(label, ways[f"{label} ours"], ways[f"{label} DTensor"])  # type: ignore[arg-type]
         count_collectives(label, ours, theirs)
-    seconds = alternate(ways, options.rounds, warmup=0, before=dist.barrier)  # the checks have warmed everything up
+    seconds = alternate(ways, options.rounds, warmup=0, before=barrier)  # the checks have warmed everything up
     report(options, seconds)
-    dist.barrier()
+    barrier()
     os._exit(0)  # a gloo thread may abort a process that ends in the usual way
 
 
