@@ -63,7 +63,7 @@ class collectives(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented  # DTensor breaks it up first, and what it does to plain tensors arrives here
-        if function.namespace in ("c10d", "_c10d_functional") and "wait" not in function.__name__:
+        if function.namespace in ("c10d", "_c10d_functional") and not any(word in function.__name__ for word in ("wait", "_wrap_tensor")):
             name = function.__name__.split(".")[0].rstrip("_")
             self.counts[name] = self.counts.get(name, 0) + 1
         return function(*args, **(kwargs or {}))
