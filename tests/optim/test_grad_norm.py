@@ -128,3 +128,10 @@ def check_stages(mesh) -> None:
     gradients: list[DTensor] = [distribute_tensor(whole_gradients()[i], mesh.tp, [Shard(0) if i % 2 else Replicate()]) for i in mine]
     expected, _ = torch_clips(whole_gradients(), 1.0)
     assert_close(total(squared_norm(gradients, CPU)), expected)
+
+
+def test_the_norm_of_a_large_gradient_is_exact() -> None:
+    """Squares of millions of elements, added in fp32 one after the other, are off in the fourth digit."""
+    gradient = torch.randn(3_000_001, generator=torch.Generator().manual_seed(1)) * 1e-3
+    expected = gradient.double().square().sum().item()
+    assert squared_norm([gradient], torch.device("cpu")).item() == pytest.approx(expected, rel=2e-6)
