@@ -76,10 +76,13 @@ def test_the_loss_starts_at_chance_and_falls(unbroken: Path) -> None:
     assert run[-1][1] < run[0][1]
 
 
-@pytest.mark.parametrize("layout", ["single", "tp2_pp2", "dp2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["parallel=single model.dropout=0.1", "parallel=tp2_pp2 parallel.sequence_parallel=true model.dropout=0.1", "parallel=dp2"],
+)
 def test_killed_in_mid_run_goes_on_bit_equal(layout: str, tmp_path: Path) -> None:
     """SIGKILL of everything, then the same command again: the losses are those of a run that was never killed."""
-    longer = [f"parallel={layout}", f"train.max_steps={4 * STEPS}", "train.eval_every=40"]  # so that the kill comes well before the end
+    longer = [*layout.split(), f"train.max_steps={4 * STEPS}", "train.eval_every=40"]  # so that the kill comes well before the end
     reference, run_dir = tmp_path / "reference", tmp_path / "run"
     assert command(tmp_path, *arguments(reference, *longer)).code == 0
     process = start_run(tmp_path, run_dir, *longer)

@@ -22,7 +22,7 @@ STATE_FILE = "state.json"
 _MUST_EQUAL = {
     "model": (
         "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_hidden_size", "max_seq_len",
-        "position", "norm", "activation", "bias", "tie_embeddings",
+        "position", "norm", "activation", "bias", "tie_embeddings", "rope_theta", "norm_eps",
     ),
     "optimizer": ("name", "momentum"),
     "data": ("source", "seq_len"),
