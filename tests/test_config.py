@@ -74,7 +74,8 @@ def test_resolving_leaves_the_argument_alone() -> None:
         ({"model__hidden_size": 48, "model__num_heads": 12, "model__num_kv_heads": 6, "model__ffn_hidden_size": 48, "parallel__tp": 4},
          None, None, "parallel.tp=4 neither divides model.num_kv_heads=6 nor is a multiple of it: use 1, 2, 3, 6 or 12"),
         ({"model__num_heads": 32, "model__position": "rope"}, None, None,
-         "model.position=rope turns pairs, but hidden_size 32 / num_heads 32 = 1 is odd: use model.position=learned, or heads of an even size"),
+         "model.position=rope turns pairs, but hidden_size 32 / num_heads 32 = 1 is odd: "
+         "use model.position=learned, or heads of an even size"),
         ({"data__seq_len": 15, "parallel__tp": 2, "parallel__sequence_parallel": True}, None, None,
          "data.seq_len=15 is not split evenly by parallel.tp=2, as sequence_parallel asks: use 14 or parallel.sequence_parallel=false"),
         ({"model__dropout": 1.0}, None, None, "model.dropout=1.0 is not below 1: use a value from 0 up to, not including, 1"),

@@ -22,17 +22,26 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+class CommunicationError(RuntimeError):
+    """A rank of the group did not answer in time, or is gone."""
+
+
 class Pending:
     """A result under way."""
 
-    def __init__(self, works: Sequence[dist.Work | None], finish: Callable[[], Tensor]) -> None:
-        self._works, self._finish = works, finish
+    def __init__(self, what: str, works: Sequence[dist.Work | None], group: dist.ProcessGroup, finish: Callable[[], Tensor]) -> None:
+        self._what, self._works, self._group, self._finish = what, works, group, finish
 
     def wait(self) -> Tensor:
-        """The result, once it is here. Raises RuntimeError when a rank did not answer within the group's time limit."""
-        for work in self._works:
-            if work is not None:
-                work.wait()
+        """The result, once it is here. Raises CommunicationError, which names the operation and the ranks."""
+        try:
+            for work in self._works:
+                if work is not None:
+                    work.wait()
+        except RuntimeError as error:
+            others = [rank for rank in dist.get_process_group_ranks(self._group) if rank != dist.get_rank()]
+            message = f"rank {dist.get_rank()} gave up its {self._what} with rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
+            raise CommunicationError(f"{message}: {error}") from error
         return self._finish()
 
 
@@ -63,23 +72,20 @@ def split(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """`x` reduced over the group, in a tensor of its own."""
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, op, group=group)
-    return total
+    return start_all_reduce(x.clone(memory_format=torch.contiguous_format), group, op).wait()
 
 
-def start_all_reduce(x: Tensor, group: dist.ProcessGroup) -> Pending:
-    """The sum of the ranks' `x`. A contiguous `x` is reduced in place: the caller gives it away."""
+def start_all_reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
+    """The ranks' `x` reduced. A contiguous `x` is reduced in place: the caller gives it away."""
     total = x.contiguous()
-    return Pending([dist.all_reduce(total, group=group, async_op=True)], lambda: total)
+    return Pending("all-reduce", [dist.all_reduce(total, op, group=group, async_op=True)], group, lambda: total)
 
 
 def start_all_gather(x: Tensor, dim: int, size: int, group: dist.ProcessGroup) -> Pending:
     """The ranks' parts `x` side by side along `dim`, where the whole has `size` elements, split as `shard_bounds` says."""
-    sizes = shard_sizes(size, group.size())
-    x = x.contiguous()
+    dim, sizes, x = dim % x.ndim, shard_sizes(size, group.size()), x.contiguous()
     if _by_exchange(x, sizes):
-        whole = x.new_empty(*x.shape[:dim], size, *x.shape[dim % x.ndim + 1 :])
+        whole = x.new_empty(*x.shape[:dim], size, *x.shape[dim + 1 :])
         places = whole.split(sizes, dim)
         arriving = [place if place.is_contiguous() else torch.empty_like(place, memory_format=torch.contiguous_format) for place in places]
         places[group.rank()].copy_(x)
@@ -91,15 +97,15 @@ def start_all_gather(x: Tensor, dim: int, size: int, group: dist.ProcessGroup) -
                     place.copy_(arrived)
             return whole
 
-        return Pending(works, finish)
+        return Pending("all-gather", works, group, finish)
     parts = x.new_empty(group.size(), *x.shape)
     work = _all_gather_single(parts, x, group=group, async_op=True)
-    return Pending([work], lambda: parts.movedim(0, dim % x.ndim).flatten(dim % x.ndim, dim % x.ndim + 1).contiguous())
+    return Pending("all-gather", [work], group, lambda: parts.movedim(0, dim).flatten(dim, dim + 1).contiguous())
 
 
 def start_reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Pending:
     """This rank's part along `dim` of the sum of the ranks' `x`."""
-    sizes = shard_sizes(x.shape[dim], group.size())
+    dim, sizes = dim % x.ndim, shard_sizes(x.shape[dim], group.size())
     if _by_exchange(x, sizes):
         leaving = [part.contiguous() for part in x.split(sizes, dim)]
         mine = leaving[group.rank()]
@@ -107,15 +113,15 @@ def start_reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Pendi
         works = _exchange(leaving, arriving, group)
 
         def finish() -> Tensor:
-            total = arriving[0] + arriving[1]  # in the order of the ranks, whoever adds: the same bits everywhere
+            total = arriving[0] + arriving[1] if len(arriving) > 1 else mine.clone()  # in the order of the ranks, whoever adds: the same bits everywhere
             for part in arriving[2:]:
                 total += part
             return total
 
-        return Pending(works, finish)
-    parts = x.unflatten(dim, (group.size(), -1)).movedim(dim % x.ndim, 0).contiguous()
+        return Pending("reduce-scatter", works, group, finish)
+    parts = x.unflatten(dim, (group.size(), -1)).movedim(dim, 0).contiguous()
     total = torch.empty_like(parts[0])
-    return Pending([_reduce_scatter_single(total, parts, group=group, async_op=True)], lambda: total)
+    return Pending("reduce-scatter", [_reduce_scatter_single(total, parts, group=group, async_op=True)], group, lambda: total)
 
 
 def all_reduce_flat(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
@@ -123,7 +129,7 @@ def all_reduce_flat(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
         mine = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.reshape(-1) for tensor in mine])
-        dist.all_reduce(flat, group=group)
+        flat = start_all_reduce(flat, group).wait()
         for tensor, total in zip(mine, flat.split([tensor.numel() for tensor in mine]), strict=True):
             tensor.copy_(total.view_as(tensor))
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from tptrain.tensor_parallel.communication import all_reduce
+from tptrain.tensor_parallel.communication import all_reduce, start_all_reduce
 from tptrain.tensor_parallel.linear import Operand
 from tptrain.tensor_parallel.parameter import add_product
 
@@ -160,7 +160,7 @@ def _join(sums: Sequence[Tensor], part: _Part, vocabulary: Vocabulary, smoothing
         joined.append(total + part.width * rise)
     stacked = torch.stack(joined)
     if together:
-        dist.all_reduce(stacked, group=vocabulary.group)
+        stacked = start_all_reduce(stacked, vocabulary.group).wait()
     loss = stacked[0].log() - (1 - smoothing) * stacked[1]
     if smoothing:
         loss -= smoothing / vocabulary.size * stacked[2]

@@ -129,7 +129,7 @@ def _start_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
 def _start_sum(x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Pending:
     """The sum of the ranks' `x`, given away, on all of them or each one's part of the sequence."""
     if group.size() == 1:
-        return Pending([], lambda: x)
+        return Pending("sum", [], group, lambda: x)
     return start_reduce_scatter(x, SEQUENCE, group) if sequence else start_all_reduce(x, group)
 
 
