@@ -113,8 +113,8 @@ def start_reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Pendi
         works = _exchange(leaving, arriving, group)
 
         def finish() -> Tensor:
-            total = arriving[0] + arriving[1] if len(arriving) > 1 else mine.clone()  # in the order of the ranks, whoever adds: the same bits everywhere
-            for part in arriving[2:]:
+            total = arriving[0].clone()
+            for part in arriving[1:]:  # in the order of the ranks, whoever adds: the same bits under any split
                 total += part
             return total
 
