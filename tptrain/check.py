@@ -18,8 +18,10 @@ carries an error of about that size. Two scales need care:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -35,9 +37,9 @@ from tptrain.config import Config
 from tptrain.data.store import TokenStore
 from tptrain.mesh import Mesh, build_mesh
 from tptrain.trainer import Trainer
-from tptrain.verdict import TWIN, UPDATE_LIMIT
+from tptrain.verdict import TENSORS, UPDATE_LIMIT
 
-NOISE = 1e-6
+NOISE = 1e-5
 """A gradient whose largest element is below this share of the whole gradient's norm is judged as if it were this large."""
 CLEAR = 1e4
 """How far an element's gradient must stand above the difference in its tensor for its update to be compared."""
@@ -83,19 +85,19 @@ class Compared:
 
 
 def run_twin(config: Config, run_dir: Path, store_dir: Path) -> dict[str, Any]:
-    """Run check.steps steps in one process and keep every tensor below `run_dir`. Returns loss and grad_norm by step, and names."""
-    names: list[str] = []
+    """Run check.steps steps in one process and keep every tensor in a folder beside `run_dir`. Returns loss and grad_norm by step, and names."""
+    folder, names = run_dir.parent / TENSORS, []
 
     def keep(moment: str, step: int, tensors: Iterator[tuple[str, Tensor]]) -> None:
         for name, tensor in tensors:
-            file = _file(run_dir, moment, step, name)
+            file = _file(folder, moment, step, name)
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(tensor, file)
             if moment == "start":
                 names.append(name)
 
     _, measured = _run(config, store_dir, keep)
-    (run_dir / "measured.json").write_text(json.dumps(measured))
+    (folder / "measured.json").write_text(json.dumps(measured))
     return {**measured, "names": names}
 
 
@@ -104,19 +106,19 @@ def run_layout(config: Config, run_dir: Path, store_dir: Path) -> dict[str, Any]
 
     Returns loss and grad_norm by step, and on rank 0 all ranks' `Compared`, as dicts, in `parameters`.
     """
-    twin = run_dir.parent / TWIN
-    norms = json.loads((twin / "measured.json").read_text())["grad_norm"]
+    folder = run_dir.parent / TENSORS
+    norms = json.loads((folder / "measured.json").read_text())["grad_norm"]
     found: dict[str, Compared] = {}
 
     def compare(moment: str, step: int, tensors: Iterator[tuple[str, Tensor]]) -> None:
         for name, tensor in tensors:
-            expected = _load(twin, moment, step, name)
+            expected = _load(folder, moment, step, name)
             if moment == "start":
                 found[name] = _compare_start(name, tensor, expected)
             elif moment == "gradient":
                 _compare_gradient(found[name], tensor, expected, NOISE * norms[step - 1])
             else:
-                _compare_update(found[name], tensor, expected, twin, step)
+                _compare_update(found[name], tensor, expected, folder, step)
                 if step == config.check.steps:
                     found[name].digest = hashlib.sha256(tensor.contiguous().numpy().data).hexdigest()
 
@@ -158,15 +160,28 @@ def _whole(stage: nn.Module, gradients: bool) -> Iterator[tuple[str, Tensor]]:
         if gradients:
             tensor = torch.zeros_like(tensor) if parameter.grad is None else parameter.grad
         assert isinstance(tensor, DTensor), f"{name} has no label"
-        whole, place = tensor.full_tensor(), tensor.device_mesh.get_coordinate()
+        with _quiet_gathering():
+            whole, place = tensor.full_tensor(), tensor.device_mesh.get_coordinate()
         assert place is not None
         if all(at == 0 for at, placement in zip(place, tensor.placements, strict=True) if not isinstance(placement, Replicate)):
             yield name, whole.cpu()
 
 
+@contextlib.contextmanager
+def _quiet_gathering() -> Iterator[None]:
+    """Keep torch from advising a faster way to gather over two mesh dimensions: a check is no training."""
+    logger = logging.getLogger("torch.distributed.tensor")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _file(folder: Path, moment: str, step: int, name: str) -> Path:
-    """Where the one process, whose job is in `folder`, keeps a tensor."""
-    return folder / "tensors" / f"{moment}-{step}" / f"{name}.pt"
+    """Where the one process keeps a tensor."""
+    return folder / f"{moment}-{step}" / f"{name}.pt"
 
 
 def _load(folder: Path, moment: str, step: int, name: str) -> Tensor:
@@ -191,14 +206,14 @@ def _compare_gradient(found: Compared, tensor: Tensor, expected: Tensor, least_s
     found.noise = float(torch.maximum(difference.max(), torch.tensor(found.noise)))
 
 
-def _compare_update(found: Compared, tensor: Tensor, expected: Tensor, twin: Path, step: int) -> None:
+def _compare_update(found: Compared, tensor: Tensor, expected: Tensor, folder: Path, step: int) -> None:
     """As a share of the tensor's largest update so far, over elements whose gradients are clear of rounding."""
-    update = float((expected - _load(twin, "start", 0, found.name)).abs().max())
+    update = float((expected - _load(folder, "start", 0, found.name)).abs().max())
     rounding = step * torch.finfo(tensor.dtype).eps * float(expected.abs().max())
     difference = (tensor - expected).abs()
     unclear = torch.zeros_like(tensor, dtype=torch.bool)
     for before in range(1, step + 1):
-        unclear |= _load(twin, "gradient", before, found.name).abs() < CLEAR * found.noise
+        unclear |= _load(folder, "gradient", before, found.name).abs() < CLEAR * found.noise
     difference[unclear & difference.isfinite()] = 0
     found.left_out = int(unclear.sum())
     found.updates.append(_largest(difference, update + rounding / UPDATE_LIMIT))

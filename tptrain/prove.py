@@ -1,8 +1,11 @@
 """`tptrain check`: one process and then each layout take the same few steps, and a table says where they differ.
 
-RUN_DIR/check.json            what was measured
-RUN_DIR/check/one_process/    the one process's job: config.yaml, logs, tensors
-RUN_DIR/check/tp2_pp2/        a layout's; both are gone at the end, but for the logs of what failed
+    RUN_DIR/check.json            what was measured
+    RUN_DIR/check/one_process/    the one process's job: config.yaml, logs
+    RUN_DIR/check/tensors/        what it leaves for the layouts
+    RUN_DIR/check/tp2_pp2/        a layout's job
+
+`check/` is gone at the end, unless a rank failed: then the logs stay.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from tptrain.data import prepare
 from tptrain.failures import JobFailed
 from tptrain.files import write_atomically
 from tptrain.job import Job
-from tptrain.verdict import LIMITS, TWIN, Verdict, judge, table_of_all, table_of_one
+from tptrain.verdict import LIMITS, TENSORS, Verdict, judge, table_of_all, table_of_one
 
 
 def check(config: Config, run_dir: Path) -> None:
@@ -84,17 +87,21 @@ class _Check:
 
     def run(self, layouts: list[Config], left_out: list[str]) -> None:
         """Run one process and the layouts, and show what came of it. Raises JobFailed where one is not equal."""
-        config, broken = self.config, True
+        config, keep_logs = self.config, True
         self.store_dir = prepare(config, print)
+        shutil.rmtree(self.folder, ignore_errors=True)
         batch = f"{config.batch_size:,} sequences x {config.data.seq_len:,} tokens"
         steps = f"{config.check.steps} step{'s' * (config.check.steps > 1)}"
         self.say(f"check: {config.model.name}, {steps} of {batch}, {config.optimizer.name}")
         try:
-            twin = self.job("check-twin", one_process(config), TWIN, "one process")
+            twin = self.job("check-twin", one_process(config), "one_process", "one process")
             results = [self.compare(layout, twin) for layout in layouts]
-            broken = any(verdict.error for verdict, _ in results)
+            keep_logs = any(verdict.error for verdict, _ in results)
+        except KeyboardInterrupt:
+            keep_logs = False
+            raise
         finally:
-            shutil.rmtree(self.folder if not broken else self.folder / TWIN, ignore_errors=True)
+            shutil.rmtree(self.folder / TENSORS if keep_logs else self.folder, ignore_errors=True)
         self.keep(twin, results)
         self.show([verdict for verdict, _ in results], left_out)
 

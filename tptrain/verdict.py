@@ -7,6 +7,7 @@ and the verdict names the first that breaks its limit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+TENSORS = "tensors"
+"""The folder in which the one process leaves its tensors, beside the jobs' folders."""
 UPDATE_LIMIT = 1e-3
 """For updated weights: the largest difference, as a share of the tensor's largest update."""
-TWIN = "one_process"
-"""Folder of the one process's job, beside those of the layouts."""
-
 LIMITS = {
     "initial weights": 0.0,
     "loss": 1e-5,
@@ -43,7 +43,7 @@ class Finding:
     difference: float
     """What LIMITS limits; for initial weights the elements whose bits differ, for copies how many there are."""
     where: str = ""
-    """The parameter, the index in it, the rank."""
+    """The parameter and the index in it; the rank, where several have a copy."""
 
     @property
     def holds(self) -> bool:
@@ -51,7 +51,7 @@ class Finding:
         return self.difference <= LIMITS[self.what]
 
     def describe(self) -> str:
-        """`gradients at step 2: layers.0.mlp.up.weight [3, 1] on rank 0`."""
+        """`gradients at step 2: layers.0.mlp.up.weight [3, 1]`."""
         place = f"{self.what} at step {self.step}" if self.step else self.what
         return f"{place}: {self.where}" if self.where else place
 
@@ -89,19 +89,22 @@ def judge(layout: str, processes: int, twin: dict[str, Any], measured: dict[str,
     for what, key in (("loss", "loss"), ("gradient norm", "grad_norm")):
         for step, (got, expected) in enumerate(zip(measured[key], twin[key], strict=True), start=1):
             findings.append(Finding(what, step, abs(got - expected) / abs(expected) if got != expected else 0.0))
-    digests: dict[str, set[str]] = {name: set() for name in twin["names"]}
-    for one in measured["parameters"]:
-        digests[one["name"]].add(one["digest"])
-        findings.append(Finding("initial weights", 0, one["initial"], _where(one, one["initial_index"])))
-        for what, key in (("gradients", "gradients"), ("updated weights", "updates")):
-            findings += [Finding(what, i + 1, found["share"], _where(one, found["index"])) for i, found in enumerate(one[key])]
-    findings += [Finding("initial weights", 0, float("inf"), f"{name} is on no rank") for name, found in digests.items() if not found]
-    findings += [Finding("copies", len(twin["loss"]), max(0, len(found) - 1), name) for name, found in digests.items()]
+    for name in twin["names"]:
+        copies = [one for one in measured["parameters"] if one["name"] == name]
+        findings += _about(name, copies) if copies else [Finding("initial weights", 0, math.inf, f"{name} is on no rank")]
     return Verdict(layout, processes, findings)
 
 
-def _where(one: dict[str, Any], index: list[int]) -> str:
-    return f"{one['name']} [{', '.join(map(str, index))}] on rank {one['rank']}"
+def _about(name: str, copies: list[dict[str, Any]]) -> list[Finding]:
+    """The findings about one parameter, from each rank that has a copy of its own."""
+    findings = []
+    for one in copies:
+        where = f", the copy of rank {one['rank']}" if len(copies) > 1 else ""
+        findings.append(Finding("initial weights", 0, one["initial"], f"{name} {one['initial_index']}{where}"))
+        for what, key in (("gradients", "gradients"), ("updated weights", "updates")):
+            findings += [Finding(what, i + 1, found["share"], f"{name} {found['index']}{where}") for i, found in enumerate(one[key])]
+    digests = {one["digest"] for one in copies}
+    return [*findings, Finding("copies", len(copies[0]["updates"]), len(digests) - 1, name)]
 
 
 # ---- tables ----------------------------------------------------------------------------------------------
@@ -125,7 +128,7 @@ def table_of_all(verdicts: Sequence[Verdict]) -> Table:
     """One line a layout, with the largest difference of each kind."""
     table = _table("layout", "processes", *LIMITS, "verdict")
     for verdict in verdicts:
-        cells = ["" if verdict.error else _difference(_worst(verdict.of(what))) for what in LIMITS]
+        cells = [_difference(_worst(found)) if (found := verdict.of(what)) else "" for what in LIMITS]
         said = "failed" if verdict.error else "equal" if verdict.equal else "differs"
         _row(table, verdict.equal, verdict.layout, str(verdict.processes), *cells, said)
     return table
@@ -138,7 +141,7 @@ def _shown(verdict: Verdict, what: str) -> list[tuple[str, Finding]]:
         return [(f"{what}, step {finding.step}", finding) for finding in findings]
     failing = [finding for finding in verdict.failing if finding.what == what]
     if not failing:
-        return [(what, _worst(findings))]
+        return [(what, _worst(findings))] if findings else []
     first = [finding for finding in failing if finding.step == failing[0].step]
     names = {finding.where.split(" ")[0] for finding in failing}
     rows = [(f"{what}, step {finding.step}" if finding.step else what, finding) for finding in first[:_MOST_ROWS]]
@@ -148,10 +151,12 @@ def _shown(verdict: Verdict, what: str) -> list[tuple[str, Finding]]:
 
 def _worst(findings: Sequence[Finding]) -> Finding:
     """The one with the largest difference; a nan is larger than all."""
-    return max(findings, key=lambda finding: finding.difference if finding.difference == finding.difference else float("inf"))
+    return max(findings, key=lambda finding: math.inf if math.isnan(finding.difference) else finding.difference)
 
 
 def _difference(finding: Finding) -> str:
+    if finding.difference == math.inf:
+        return "missing" if finding.what == "initial weights" else "inf"
     if finding.what == "initial weights":
         return f"{finding.difference:,.0f} element{'s' * (finding.difference != 1)}" if finding.difference else "bit-equal"
     if finding.what == "copies":
