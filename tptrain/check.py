@@ -85,7 +85,10 @@ class Compared:
 
 
 def run_twin(config: Config, run_dir: Path, store_dir: Path) -> dict[str, Any]:
-    """Run check.steps steps in one process and keep every tensor in a folder beside `run_dir`. Returns loss and grad_norm by step, and names."""
+    """Run check.steps steps in one process, and keep every tensor in a folder beside `run_dir`.
+
+    Returns loss and grad_norm by step, and the parameters' names.
+    """
     folder, names = run_dir.parent / TENSORS, []
 
     def keep(moment: str, step: int, tensors: Iterator[tuple[str, Tensor]]) -> None:

@@ -113,17 +113,18 @@ class _Check:
         except JobFailed as error:
             if self.config.check.layouts == "own":
                 raise
+            self.say("failed")
             return Verdict(name, processes, error=str(error)), {}
         return judge(name, processes, twin, measured), measured
 
     def job(self, work: str, config: Config, name: str, label: str) -> dict[str, Any]:
         """Run the steps, and return what rank 0 does."""
         began = time.perf_counter()
-        self.say(f"{label} ...")
+        self.say(f"{label} ... ", end="")
         # On a GPU the one process must not sit in this one, which would keep memory that the layouts need.
         job = Job(work, config, self.folder / name, self.store_dir)
         measured: dict[str, Any] = launch.run(job, apart=config.hardware.device == "cuda")
-        self.say(f"{label}: loss {', '.join(f'{loss:.5f}' for loss in measured['loss'])}  ({time.perf_counter() - began:.1f} s)")
+        self.say(f"loss {', '.join(f'{loss:.5f}' for loss in measured['loss'])}  ({time.perf_counter() - began:.1f} s)")
         return measured
 
     def keep(self, twin: dict[str, Any], results: list[tuple[Verdict, dict[str, Any]]]) -> None:
@@ -144,7 +145,7 @@ class _Check:
             self.say("", table_of_all(verdicts))
         for verdict in verdicts:
             if verdict.error:
-                self.say(f"\n{verdict.layout} failed: {verdict.error}")
+                self.say(f"\n{verdict.layout} failed: {verdict.error}; its logs: {self.folder / verdict.layout / 'logs'}")
             elif self.config.check.layouts == "own" or not verdict.equal:
                 self.say(f"\n{verdict.layout}", table_of_one(verdict))
         if left_out:
@@ -154,6 +155,7 @@ class _Check:
         if unequal:
             raise JobFailed(f"not equal to one process: {', '.join(unequal)}")
 
-    def say(self, text: str, *more: Any) -> None:
+    def say(self, text: str, *more: Any, end: str = "\n") -> None:
         """Print a text as it is, and tables."""
-        self.terminal.print(Text(text), *more, soft_wrap=not more, highlight=False)
+        self.terminal.print(Text(text), *more, end=end, soft_wrap=not more, highlight=False)
+        self.terminal.file.flush()
