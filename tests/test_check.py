@@ -30,9 +30,14 @@ from tptrain.verdict import TENSORS, Finding, Verdict, judge, table_of_all, tabl
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt": {},
     "gpt, untied, no biases, sgd": {"model__tie_embeddings": False, "model__bias": False, "optimizer__name": "sgd"},
-}
+    "llama": {
+        "model__position": "rope", "model__norm": "rmsnorm", "model__activation": "swiglu", "model__bias": False, "model__num_kv_heads": 2,
+        "model__dropout": 0.1,
+    },
+}  # fmt: skip
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_pp2": {"tp": 2, "pp": 2}, "tp2_dp2": {"tp": 2, "dp": 2}, "pp2_dp2": {"pp": 2, "dp": 2, "schedule": "gpipe", "micro_batch_size": 2},
+    "tp2_pp2_sp": {"tp": 2, "pp": 2, "sequence_parallel": True}, "tp4_sp": {"tp": 4, "sequence_parallel": True, "recompute": "full"},
     "tp4": {"tp": 4}, "dp4": {"dp": 4, "micro_batch_size": 2},
 }  # fmt: skip
 STEPS = 2
