@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": {"mesh"},
     "optim": {"tensor_parallel", "mesh", "config"},
     "data_parallel": {"mesh"},
+    "sampling": {"tensor_parallel", "model"},
     # around them
     "data": {"config", "files"},
     "checkpoint": {"model", "mesh", "config", "files"},
