@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tptrain.config import (
+    CheckConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -45,6 +46,7 @@ def small_config(**changes: Any) -> Config:
         wandb=WandbConfig(mode="disabled", project="tptrain", name=None, group=None, tags=[]),
         hardware=HardwareConfig(device="cpu", peak_flops_per_second=None),
         launch=LaunchConfig(threads_per_rank=1, timeout_seconds=60),
+        check=CheckConfig(steps=3, layouts="own", processes=4),
     )  # fmt: skip
     for key, value in changes.items():
         group, _, name = key.partition("__")

@@ -33,9 +33,11 @@ ALLOWED: dict[str, set[str]] = {
     "job": {"config"},
     "failures": {"config"},
     "refusal": {"config", "job"},
-    "ranks": {"config", "failures", "job", "monitor", "train"},
+    "ranks": {"config", "failures", "job", "monitor", "train", "check"},
     "launch": {"checkpoint", "config", "data", "failures", "job", "ranks"},
-    "cli": {"config", "job", "launch", "ranks", "refusal"},
+    "verdict": set(),
+    "prove": {"config", "data", "failures", "files", "job", "launch", "verdict"},
+    "cli": {"config", "job", "launch", "prove", "ranks", "refusal"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -44,6 +46,7 @@ ALLOWED |= {
     "trainer": BELOW_TRAIN,
     "report": BELOW_TRAIN | {"trainer"},
     "train": BELOW_TRAIN | {"trainer", "report"},
+    "check": BELOW_TRAIN | {"trainer", "verdict"},
 }  # the composition root: anything but what starts it
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

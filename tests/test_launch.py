@@ -59,7 +59,7 @@ def test_two_ranks_train_and_leave_logs_and_config(run_dir: Path):
     assert "rank 1 of 2, 3 threads, OMP 3" in _log(run_dir, 1)
     assert (run_dir / "logs" / "rank-0.log").exists()
     assert _status(run_dir) == {"state": "done", "step": 10, "error": None}
-    config = Job.load(run_dir, run_dir).config
+    config = Job.load("train", run_dir, run_dir).config
     assert (config.parallel.tp, config.parallel.dp, config.hardware.device) == (2, 1, "cpu")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tptrain.cli import CONF, compose
+from tptrain.cli import CONF, VERBS, compose
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -23,9 +23,10 @@ OPENINGS = [re.sub(r"^# @package.*\n", "", path.read_text()).splitlines()[0].rem
 
 
 def arguments(command: str) -> list[str]:
-    """The overrides of a command line, `torchrun ... -m tptrain` included."""
+    """The overrides of a command line, `torchrun ... -m tptrain` included, a verb not."""
     words = shlex.split(command.removeprefix("$ "))
-    return words[words.index("tptrain") + 1 :]
+    after = words[words.index("tptrain") + 1 :]
+    return after[1:] if after and after[0] in VERBS else after
 
 
 @pytest.mark.parametrize("command", sorted({*COMMANDS, *OPENINGS}))

@@ -39,7 +39,18 @@ def train(cfg: DictConfig, run_dir: Path) -> float | None:
     return launch.start(typed(cfg), run_dir, launch.given_place())
 
 
-VERBS: dict[str, Verb] = {"train": train}
+def check(cfg: DictConfig, run_dir: Path) -> None:
+    """Compare the layout with one process; `check.layouts=all`: every layout that fits."""
+    from tptrain import launch
+
+    if launch.given_place() is not None:
+        raise ConfigError("tptrain check starts its own processes, but this is one of a launcher's: run it without torchrun")
+    from tptrain import prove
+
+    prove.check(typed(cfg), run_dir)
+
+
+VERBS: dict[str, Verb] = {"train": train, "check": check}
 
 
 def main() -> NoReturn:

@@ -235,6 +235,18 @@ class LaunchConfig:
 
 
 @dataclass
+class CheckConfig:
+    """What `tptrain check` compares with one process."""
+
+    steps: int
+    """Optimizer steps that both take."""
+    layouts: str
+    """own: the layout of `parallel`; all: every layout that fits."""
+    processes: int
+    """For layouts=all: the most processes of a layout."""
+
+
+@dataclass
 class Config:
     """Everything one run is made of."""
 
@@ -249,6 +261,7 @@ class Config:
     wandb: WandbConfig
     hardware: HardwareConfig
     launch: LaunchConfig
+    check: CheckConfig
 
     @property
     def batch_size(self) -> int:
@@ -278,6 +291,16 @@ def resolve(config: Config, started: int | None = None, devices: int | None = No
     _check_model(config)
     _resolve_batch(config)
     return config
+
+
+def refuse_unprovable(config: Config) -> None:
+    """Whether `tptrain check` can tell a right layout from a wrong one under a resolved config. Raises ConfigError."""
+    if config.train.precision != "fp32":
+        rule = "rounds to 8 bits, too few to tell a wrong layout from rounding"
+        raise refuse("train.precision", config.train.precision, rule, "use train.precision=fp32 for tptrain check")
+    if config.check.layouts == "all" and config.check.processes < 2:
+        rule = "leaves no layout to compare with one process"
+        raise refuse("check.processes", config.check.processes, rule, "use 2 or more, or check.layouts=own")
 
 
 def refuse(key: str, value: object, rule: str, remedy: str) -> ConfigError:
@@ -378,6 +401,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "checkpoint.async_save": (False,),
     "wandb.mode": ("offline", "online", "disabled"),
     "hardware.device": ("auto", "cpu", "cuda"),
+    "check.layouts": ("own", "all"),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -391,6 +415,7 @@ _AT_LEAST: dict[str, float] = {
     "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.momentum": 0,
     "lr_schedule.warmup_steps": 0, "lr_schedule.min_lr_ratio": 0,
     "checkpoint.every": 0, "checkpoint.keep": 1,
+    "check.steps": 1, "check.processes": 1,
 }  # fmt: skip
 
 _ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "optimizer.eps", "launch.timeout_seconds")

@@ -1,4 +1,4 @@
-"""A `Job`: one resolved config and its folders, and its way through `config.yaml` from the launcher to the ranks."""
+"""A `Job`: what ranks are to do, with one resolved config and its folders, and its way through `config.yaml` to the ranks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from tptrain.config import Config
 
 @dataclass(frozen=True)
 class Job:
-    """One training job: all that a rank needs."""
+    """All that a rank needs."""
 
+    work: str
+    """What the ranks do: a name in `ranks.WORKS`."""
     config: Config
     """Resolved."""
     run_dir: Path
@@ -29,13 +31,13 @@ class Job:
         OmegaConf.save(OmegaConf.create(dataclasses.asdict(self.config)), self.run_dir / "config.yaml")
 
     @staticmethod
-    def load(run_dir: Path, store_dir: Path) -> Job:
-        """The job whose `config.yaml` is in `run_dir`."""
+    def load(work: str, run_dir: Path, store_dir: Path, kind: Any = Config) -> Job:
+        """The job whose `config.yaml`, of the schema `kind`, is in `run_dir`."""
         from omegaconf import OmegaConf
 
-        config = OmegaConf.to_object(OmegaConf.merge(schema(), OmegaConf.load(run_dir / "config.yaml")))
-        assert isinstance(config, Config)
-        return Job(config, run_dir, store_dir)
+        config: Any = OmegaConf.to_object(OmegaConf.merge(schema(kind), OmegaConf.load(run_dir / "config.yaml")))
+        assert isinstance(config, kind)
+        return Job(work, config, run_dir, store_dir)
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,17 @@ class Place:
 ALONE = Place(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
-def schema() -> Any:
-    """OmegaConf's node of `Config`, with every group present and every value missing.
+def schema(kind: Any = Config) -> Any:
+    """OmegaConf's node of a config class, with every group present and every value missing.
 
     OmegaConf 2.3 cannot merge into a missing group that has an `int | str` field, so no group may be missing.
     """
     from omegaconf import OmegaConf
 
-    node = OmegaConf.structured(Config)
-    for key, kind in typing.get_type_hints(Config).items():
-        if dataclasses.is_dataclass(kind):
-            node[key] = OmegaConf.structured(kind)
+    node = OmegaConf.structured(kind)
+    for key, group in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(group):
+            node[key] = OmegaConf.structured(group)
     return node
 
 

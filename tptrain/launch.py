@@ -1,8 +1,8 @@
 """From a config to running ranks, and from their end to one word of what happened.
 
     this process is a rank of torchrun      take part: rank 0 prepares the data, the others take the job from it
-    one process is enough                   train right here
-    else                                    torch elastic starts `python -m tptrain.launch RUN_DIR STORE_DIR PARENT`
+    one process is enough                   work right here
+    else                                    torch elastic starts `python -m tptrain.launch WORK RUN_DIR STORE_DIR PARENT`
                                             once a rank, on this machine, over the loopback device
 
 All that can be refused is refused before any of these. This is the only file that reads environment variables.
@@ -23,6 +23,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from tptrain import failures, ranks
 from tptrain.config import Config, ConfigError, refuse, resolve
@@ -50,10 +51,11 @@ def start(config: Config, run_dir: Path, place: Place | None) -> float | None:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             ranks.die_with_parent()
         return ranks.joined(config, _prepare(config, run_dir) if place.rank == 0 else None, place)
-    with _signals_stop():
+    with signals_stop():
         job = _prepare(config, run_dir)
         try:
-            return ranks.inline(job) if config.processes == 1 else _spawn(job)
+            value: float | None = ranks.inline(job) if config.processes == 1 else _spawn(job)
+            return value
         except Stopped as stop:
             ranks.write_status(run_dir, "failed", str(stop))
             raise
@@ -61,6 +63,16 @@ def start(config: Config, run_dir: Path, place: Place | None) -> float | None:
             told = isinstance(error, (JobFailed, ConfigError))
             ranks.write_status(run_dir, "failed", str(error) if told else failures.one_line(error))
             raise
+
+
+def run(job: Job, apart: bool = False) -> Any:
+    """Have ranks of our own do `job`, and return rank 0's value.
+
+    apart: also a single rank gets a process of its own, whose memory is free again afterwards. Raises what `start` raises.
+    """
+    _set_environment(job.config, None)
+    write_job(job)
+    return ranks.inline(job) if job.config.processes == 1 and not apart else _spawn(job)
 
 
 def given_place() -> Place | None:
@@ -137,17 +149,21 @@ def _prepare(config: Config, run_dir: Path) -> Job:
     from tptrain.data import prepare
 
     find_start(config, run_dir)
-    job = Job(config, run_dir.absolute(), prepare(config, print))
+    job = Job("train", config, run_dir.absolute(), prepare(config, print))
+    write_job(job)
+    return job
+
+
+def write_job(job: Job) -> None:
+    """Write `config.yaml` for the ranks, and clear the log folder of what an earlier start said. Raises ConfigError."""
     try:
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        failures.forget(run_dir)
-        ranks.result_path(run_dir).unlink(missing_ok=True)
+        (job.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        failures.forget(job.run_dir)
+        ranks.result_path(job.run_dir).unlink(missing_ok=True)
         job.save()
     except OSError as error:
-        raise refuse(
-            "hydra.run.dir", run_dir, f"cannot be written ({error.strerror})", "use hydra.run.dir=FOLDER with one that you can"
-        ) from error
-    return job
+        rule = f"cannot be written ({error.strerror})"
+        raise refuse("hydra.run.dir", job.run_dir, rule, "use hydra.run.dir=FOLDER with one that you can") from error
 
 
 def _set_environment(config: Config, place: Place | None) -> None:
@@ -161,7 +177,7 @@ def _set_environment(config: Config, place: Place | None) -> None:
 
 
 @contextlib.contextmanager
-def _signals_stop() -> Iterator[None]:
+def signals_stop() -> Iterator[None]:
     """In the block the first SIGINT, SIGTERM or SIGHUP raises Stopped, the second ends the process at once.
 
     Ranks that are still there then die with it (`ranks.die_with_parent`).
@@ -193,7 +209,7 @@ def _signals_stop() -> Iterator[None]:
 # ---- ranks of our own ------------------------------------------------------------------------------------
 
 
-def _spawn(job: Job) -> float | None:
+def _spawn(job: Job) -> Any:
     """Start the ranks and wait for them. Raises JobFailed after showing the cause, ConfigError if the ranks refused."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -211,9 +227,9 @@ def _spawn(job: Job) -> float | None:
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         shutdown_timeout=_SHUTDOWN_SECONDS,
-        signals_to_handle="SIGQUIT",  # the others are ours: see _signals_stop
+        signals_to_handle="SIGQUIT",  # the others are ours: see signals_stop
     )
-    command = ("-u", "-m", "tptrain.launch", str(job.run_dir), str(job.store_dir), str(os.getpid()))
+    command = ("-u", "-m", "tptrain.launch", job.work, str(job.run_dir), str(job.store_dir), str(os.getpid()))
     try:
         with _quiet_elastic():
             elastic_launch(settings, sys.executable)(*command)
@@ -222,8 +238,7 @@ def _spawn(job: Job) -> float | None:
         raise _tell(job.run_dir, failures.root_cause(job.run_dir, exits)) from None
     finally:
         failures.show_cursor()
-    value: float | None = json.loads(ranks.result_path(job.run_dir).read_text())
-    return value
+    return json.loads(ranks.result_path(job.run_dir).read_text())
 
 
 def _tell(run_dir: Path, cause: Failure) -> Exception:
@@ -250,12 +265,12 @@ def _quiet_elastic() -> Iterator[None]:
         logger.removeHandler(silence)
 
 
-def _rank_main(run_dir: str, store_dir: str, parent: str) -> None:
+def _rank_main(work: str, run_dir: str, store_dir: str, parent: str) -> None:
     """Entry of a rank that `_spawn` started."""
     ranks.die_with_parent(int(parent))
     place = given_place()
     assert place is not None
-    ranks.spawned(Path(run_dir), Path(store_dir), place)
+    ranks.spawned(work, Path(run_dir), Path(store_dir), place)
 
 
 if __name__ == "__main__":

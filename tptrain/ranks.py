@@ -1,11 +1,11 @@
-"""What one rank does around the training: log, threads, process group, train, leave.
+"""What one rank does around its work: log, threads, process group, the work, leave.
 
-    started by us     python -m tptrain.launch RUN_DIR STORE_DIR PARENT     `spawned`
-    by torchrun       torchrun -m tptrain ...                               `joined`
-    the only one      inside the command's own process                      `inline`
+    started by us     python -m tptrain.launch WORK RUN_DIR STORE_DIR PARENT     `spawned`
+    by torchrun       torchrun -m tptrain ...                                    `joined`
+    the only one      inside the command's own process                           `inline`
 
-In all three, `train` finds a default process group, this rank's log in `logs/rank-N.log`, and the number of
-threads it may compute with. Nothing here reads the environment: `launch.py` did, and passes a `Place`.
+In all three, the work (a name in `WORKS`: train, ...) finds a default process group, this rank's log in `logs/rank-N.log`,
+and the number of threads it may compute with. Nothing here reads the environment: `launch.py` did, and passes a `Place`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,63 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tptrain import failures
 from tptrain.config import Config
 from tptrain.job import ALONE, Job, Place
 
+# ---- what ranks can do -----------------------------------------------------------------------------------
+
+
+def _train(job: Job) -> float | None:
+    """The training itself."""
+    from tptrain.train import train
+
+    return train(job.config, job.run_dir, job.store_dir)
+
+
+def _check_twin(job: Job) -> dict[str, Any]:
+    """The one process that a layout is compared with."""
+    from tptrain.check import run_twin
+
+    return run_twin(job.config, job.run_dir, job.store_dir)
+
+
+def _check_layout(job: Job) -> dict[str, Any]:
+    """A layout, compared with the one process that ran before."""
+    from tptrain.check import run_layout
+
+    return run_layout(job.config, job.run_dir, job.store_dir)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One thing that ranks can do."""
+
+    run: Callable[[Job], Any]
+    """Every rank calls it; rank 0's value, which JSON can hold, goes back to the launcher."""
+    config: type = Config
+    """The schema of the job's `config.yaml`. It has the groups `hardware` and `launch`, and `processes`."""
+
+
+WORKS = {"train": Work(_train), "check-twin": Work(_check_twin), "check-layout": Work(_check_layout)}
+"""By the name that travels to the ranks."""
+
+
 # ---- the three ways in -----------------------------------------------------------------------------------
 
 
-def inline(job: Job) -> float | None:
-    """Train in this very process: a group of one in memory, no network, and a debugger works. Returns train's value."""
+def inline(job: Job) -> Any:
+    """Work in this very process: a group of one in memory, no network, and a debugger works. Returns the work's value."""
     with _log(job.run_dir, 0):
         _join_group(job.config, ALONE)
         try:
-            return _train(job)
+            return WORKS[job.work].run(job)
         except Exception as error:
             failures.record(job.run_dir, 0, error)
             raise
@@ -43,8 +82,8 @@ def inline(job: Job) -> float | None:
             _leave_group()
 
 
-def joined(config: Config, job: Job | None, place: Place) -> float | None:
-    """Train as one of torchrun's ranks. `job` is rank 0's; the others pass None and take it from rank 0.
+def joined(config: Config, job: Job | None, place: Place) -> Any:
+    """Work as one of torchrun's ranks. `job` is rank 0's; the others pass None and take it from rank 0.
 
     Raises JobFailed once this rank's failure is recorded and told.
     """
@@ -55,7 +94,7 @@ def joined(config: Config, job: Job | None, place: Place) -> float | None:
         job = _from_rank_0(job)
         run_dir = job.run_dir
         _keep_log(run_dir, place.rank)
-        return _train(job)
+        return WORKS[job.work].run(job)
     except Exception as error:
         if run_dir is None:
             raise
@@ -71,13 +110,13 @@ def joined(config: Config, job: Job | None, place: Place) -> float | None:
         raise failures.JobFailed(failure.error) from error
 
 
-def spawned(run_dir: Path, store_dir: Path, place: Place) -> NoReturn:
-    """Train as a rank that `launch.py` started, and leave the process. The launcher says what went wrong, not we."""
+def spawned(work: str, run_dir: Path, store_dir: Path, place: Place) -> NoReturn:
+    """Work as a rank that `launch.py` started, and leave the process. The launcher says what went wrong, not we."""
     _keep_log(run_dir, place.rank)
     try:
-        job = Job.load(run_dir, store_dir)
+        job = Job.load(work, run_dir, store_dir, WORKS[work].config)
         _join_group(job.config, place)
-        value = _train(job)
+        value = WORKS[work].run(job)
         if place.rank == 0:
             result_path(run_dir).write_text(json.dumps(value))
     except Exception as error:
@@ -87,7 +126,7 @@ def spawned(run_dir: Path, store_dir: Path, place: Place) -> NoReturn:
 
 
 def result_path(run_dir: Path) -> Path:
-    """Where rank 0 leaves train's value for the launcher."""
+    """Where rank 0 leaves its work's value for the launcher."""
     return run_dir / "logs" / "rank-0.result.json"
 
 
@@ -132,13 +171,6 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(code)
-
-
-def _train(job: Job) -> float | None:
-    """The training itself."""
-    from tptrain.train import train
-
-    return train(job.config, job.run_dir, job.store_dir)
 
 
 def _join_group(config: Config, place: Place) -> None:
