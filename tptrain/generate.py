@@ -58,10 +58,8 @@ def generate(config: GenerateConfig) -> dict[str, float]:
 
 def load_stage(trained: Config, checkpoint: Path, mesh: Mesh) -> GPTStage:
     """The whole model with a checkpoint's weights, in the dtype that the run computes in: there are no updates to keep fp32 for."""
-    stage = GPTStage(trained.model, 0, trained.model.num_layers, mesh.tp, mesh.device)
     dtype = _DTYPES[trained.train.precision]
-    for parameter in stage.parameters():
-        parameter.data = parameter.data.to(dtype)
+    stage = GPTStage(trained.model, 0, trained.model.num_layers, mesh.tp, mesh.device).to(dtype)
     compute_in(stage, dtype)
     load_model(checkpoint, stage, mesh.world)
     return stage

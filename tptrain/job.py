@@ -44,8 +44,8 @@ class Job:
 def literal(values: Any) -> Any:
     """`values`, nested lists and dicts, in which OmegaConf sees no interpolation: a `${` in a text stands for itself.
 
-    >>> literal({"prompt": "echo ${HOME}", "tp": 2})
-    {'prompt': 'echo \\${HOME}', 'tp': 2}
+    >>> print(literal(["echo ${HOME}", 2])[0])
+    echo \\${HOME}
     """
     if isinstance(values, dict):
         return {key: literal(value) for key, value in values.items()}
