@@ -297,7 +297,15 @@ def faked(monkeypatch: pytest.MonkeyPatch, failing: str) -> list[tuple[str, str]
         if job.run_dir.name == failing:
             raise JobFailed("rank 1: out of memory")
         same = {"share": 0.0, "index": [0]}
-        one = {"name": "head.weight", "rank": 0, "initial": 0, "initial_index": [], "gradients": [same], "updates": [same], "digest": "a"}
+        one = {
+            "name": "head.weight",
+            "rank": 0,
+            "initial": 0,
+            "initial_index": [],
+            "gradients": [same],
+            "updates": [same],
+            "digests": ["a"],
+        }
         return {"loss": [1.0], "grad_norm": [1.0], "names": ["head.weight"], "parameters": [one]}
 
     monkeypatch.setattr(launch, "run", run)

@@ -3,6 +3,9 @@
     one process first   start ── gradients ── update ── gradients ── update ── ...     every tensor goes into a file
     then a layout       the same steps; every tensor is gathered, one at a time, and compared with its file
 
+After each step the layout takes over the one process's weights, so that every step starts from the same bits. Else rounding
+would grow from step to step, with AdamW at a large learning rate a hundredfold a step, and hide errors.
+
 A tensor that tp or dp splits is compared by the first of the ranks that share it. Where it is replicated, each rank compares
 the copy that it has itself, and so does the last stage with its copy of a tied embedding.
 
@@ -12,8 +15,8 @@ carries an error of about that size. Two scales need care:
 - A gradient may be nothing but rounding: that of a key bias is exactly zero where positions are learned, as softmax ignores a
   shift. The scale of a gradient is therefore at least NOISE of the whole gradient's norm.
 - AdamW divides an element's gradient by its own size, so it makes a step of full size out of rounding alone. Updated weights
-  are compared where the gradient at every step is at least CLEAR times the largest difference seen in that tensor's gradient:
-  there the step is certain to about 1/CLEAR. Their scale is the largest update, plus the rounding of the weight itself.
+  are compared where the gradient at every step so far is at least CLEAR times the largest difference seen in that tensor's gradient:
+  there the step is certain to about 1/CLEAR. Their scale is the step's largest update, plus the rounding of the weight itself.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from tptrain.config import Config
 from tptrain.data.store import TokenStore
 from tptrain.mesh import Mesh, build_mesh
+from tptrain.tensor_parallel.parameter import local_part
 from tptrain.trainer import Trainer
 from tptrain.verdict import TENSORS, UPDATE_LIMIT
 
@@ -73,12 +77,12 @@ class Compared:
     """By step."""
     updates: list[Difference] = field(default_factory=list)
     """Of the weights after each step."""
+    digests: list[str] = field(default_factory=list)
+    """Of the weights' bits after each step: copies of one parameter must have the same."""
     left_out: int = 0
     """Elements whose last update was not compared: their gradient is not clear of rounding."""
     noise: float = 0.0
     """Largest absolute difference of the gradient so far."""
-    digest: str = ""
-    """Of the last weights' bits: copies of one parameter must have the same."""
 
 
 # ---- what ranks run --------------------------------------------------------------------------------------
@@ -122,17 +126,20 @@ def run_layout(config: Config, run_dir: Path, store_dir: Path) -> dict[str, Any]
                 _compare_gradient(found[name], tensor, expected, NOISE * norms[step - 1])
             else:
                 _compare_update(found[name], tensor, expected, folder, step)
-                if step == config.check.steps:
-                    found[name].digest = hashlib.sha256(tensor.contiguous().numpy().data).hexdigest()
 
-    mesh, measured = _run(config, store_dir, compare)
+    mesh, measured = _run(config, store_dir, compare, lambda stage, step: _take_over(stage, folder, step))
     gathered: list[Any] | None = [None] * mesh.world.size() if dist.get_rank() == 0 else None
     dist.gather_object([asdict(one) for one in found.values()], gathered, dst=0, group=mesh.world)
     return {**measured, "parameters": [one for rank in gathered or () for one in rank]}
 
 
-def _run(config: Config, store_dir: Path, look: Look) -> tuple[Mesh, dict[str, list[float]]]:
-    """Build what training builds, and take check.steps steps, with a look at the start, at each gradient and at each update."""
+def _run(
+    config: Config, store_dir: Path, look: Look, after: Callable[[nn.Module, int], None] | None = None
+) -> tuple[Mesh, dict[str, list[float]]]:
+    """Build what training builds, and take check.steps steps, with a look at the start, at each gradient and at each update.
+
+    after: called with the stage and the step when all has been seen of it.
+    """
     device = torch.device("cuda", torch.cuda.current_device()) if config.hardware.device == "cuda" else torch.device("cpu")
     mesh = build_mesh(config.parallel, device, config.launch.timeout_seconds)
     store = TokenStore.open(store_dir)
@@ -145,6 +152,8 @@ def _run(config: Config, store_dir: Path, look: Look) -> tuple[Mesh, dict[str, l
         result = trainer.update(totals)
         result.wait()
         look("update", step, _whole(trainer.stage, gradients=False))
+        if after is not None:
+            after(trainer.stage, step)
         measured["loss"].append(result.loss)
         measured["grad_norm"].append(result.grad_norm)
     return mesh, measured
@@ -168,6 +177,17 @@ def _whole(stage: nn.Module, gradients: bool) -> Iterator[tuple[str, Tensor]]:
         assert place is not None
         if all(at == 0 for at, placement in zip(place, tensor.placements, strict=True) if not isinstance(placement, Replicate)):
             yield name, whole.cpu()
+
+
+@torch.no_grad()
+def _take_over(stage: nn.Module, folder: Path, step: int) -> None:
+    """Give this rank's part of each parameter the value that it has in the one process after `step`."""
+    for name, parameter in stage.named_parameters():
+        assert isinstance(parameter, DTensor), f"{name} has no label"
+        mesh, part = parameter.device_mesh, local_part(parameter)
+        whole = _load(folder, "update", step, name).to(part.device)
+        split = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(placements=parameter.placements)
+        part.copy_(split.to_local())
 
 
 @contextlib.contextmanager
@@ -210,13 +230,15 @@ def _compare_gradient(found: Compared, tensor: Tensor, expected: Tensor, least_s
 
 
 def _compare_update(found: Compared, tensor: Tensor, expected: Tensor, folder: Path, step: int) -> None:
-    """As a share of the tensor's largest update so far, over elements whose gradients are clear of rounding."""
-    update = float((expected - _load(folder, "start", 0, found.name)).abs().max())
-    rounding = step * torch.finfo(tensor.dtype).eps * float(expected.abs().max())
+    """As a share of the tensor's largest update, over elements whose gradients are clear of rounding."""
+    found.digests.append(hashlib.sha256(tensor.contiguous().numpy().data).hexdigest())
+    before = _load(folder, "update", step - 1, found.name) if step > 1 else _load(folder, "start", 0, found.name)
+    update = float((expected - before).abs().max())
+    rounding = 2 * torch.finfo(tensor.dtype).eps * float(expected.abs().max())  # of the weight decay and of the step
     difference = (tensor - expected).abs()
     unclear = torch.zeros_like(tensor, dtype=torch.bool)
-    for before in range(1, step + 1):
-        unclear |= _load(folder, "gradient", before, found.name).abs() < CLEAR * found.noise
+    for earlier in range(1, step + 1):
+        unclear |= _load(folder, "gradient", earlier, found.name).abs() < CLEAR * found.noise
     difference[unclear & difference.isfinite()] = 0
     found.left_out = int(unclear.sum())
     found.updates.append(_largest(difference, update + rounding / UPDATE_LIMIT))

@@ -1,8 +1,8 @@
 """From what `check.py` measured to a verdict, and how the terminal shows it.
 
-A finding is one comparison: of a loss, of one parameter's gradient at one step. One error spreads: a wrong gradient at step 1
-is a wrong weight at step 2, and from then on everything differs. So findings are put in the order in which a step makes them,
-and the verdict names the first that breaks its limit.
+A finding is one comparison: of a loss, of one parameter's gradient at one step. One error spreads: a wrong initial weight
+makes a wrong loss, and that every gradient wrong. So findings are put in the order in which a step makes them, and the verdict
+names the first that breaks its limit.
 """
 
 from __future__ import annotations
@@ -103,8 +103,9 @@ def _about(name: str, copies: list[dict[str, Any]]) -> list[Finding]:
         findings.append(Finding("initial weights", 0, one["initial"], f"{name} {one['initial_index']}{where}"))
         for what, key in (("gradients", "gradients"), ("updated weights", "updates")):
             findings += [Finding(what, i + 1, found["share"], f"{name} {found['index']}{where}") for i, found in enumerate(one[key])]
-    digests = {one["digest"] for one in copies}
-    return [*findings, Finding("copies", len(copies[0]["updates"]), len(digests) - 1, name)]
+    for step, digests in enumerate(zip(*(one["digests"] for one in copies), strict=True), start=1):
+        findings.append(Finding("copies", step, len(set(digests)) - 1, name))
+    return findings
 
 
 # ---- tables ----------------------------------------------------------------------------------------------
