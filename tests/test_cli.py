@@ -172,6 +172,9 @@ def test_completion_knows_overrides_also_after_a_verb(run_here, capsys, monkeypa
         monkeypatch.setenv("COMP_LINE", line)
         run_here("-sc", "query=bash")
         assert capsys.readouterr().out.split() == ["model=gpt_125m"]
+    monkeypatch.setenv("COMP_LINE", "tptrain generate temp")
+    run_here("-sc", "query=bash")
+    assert capsys.readouterr().out.split() == ["temperature="]
 
 
 def test_what_needs_no_torch_imports_none(tmp_path: Path):

@@ -113,7 +113,7 @@ def _run(arguments: list[str]) -> int:
     from tptrain import launch  # neither this nor Hydra imports torch
     from tptrain.refusal import REFUSALS, explain
 
-    launch.hide_verb(VERBS)
+    verb = VERBS.get(launch.hide_verb(VERBS) or "", verb)
     place = launch.given_place()
     flags, overrides = _split(arguments)
     if not verb.sweeps and _is_sweep(flags, overrides):
