@@ -172,6 +172,9 @@ def test_completion_knows_overrides_also_after_a_verb(run_here, capsys, monkeypa
         monkeypatch.setenv("COMP_LINE", line)
         run_here("-sc", "query=bash")
         assert capsys.readouterr().out.split() == ["model=gpt_125m"]
+    monkeypatch.setenv("COMP_LINE", "tptrain generate temp")
+    run_here("-sc", "query=bash")
+    assert capsys.readouterr().out.split() == ["temperature="]
 
 
 def test_what_needs_no_torch_imports_none(tmp_path: Path):
@@ -185,7 +188,7 @@ try:
 finally:
     print(json.dumps([name for name in {heavy} if name in sys.modules]), file=sys.stderr)
 """
-    for arguments in (["--cfg", "job", "model=gpt_1b", "parallel=tp4_pp2"], ["--help"], ["parallel.tp=3"]):
+    for arguments in (["--cfg", "job", "model=gpt_1b", "parallel=tp4_pp2"], ["--help"], ["parallel.tp=3"], ["generate", "--cfg", "job"]):
         done = subprocess.run(
             [sys.executable, "-c", script, json.dumps(arguments)], cwd=tmp_path, env=environment(), capture_output=True, text=True
         )

@@ -24,6 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": {"mesh"},
     "optim": {"tensor_parallel", "mesh", "config"},
     "data_parallel": {"mesh"},
+    "sampling": {"tensor_parallel", "model"},
+    "generate_config": {"config"},
     # around them
     "data": {"config", "files"},
     "checkpoint": {"model", "mesh", "config", "files"},
@@ -32,11 +34,12 @@ ALLOWED: dict[str, set[str]] = {
     "job": {"config"},
     "failures": {"config"},
     "refusal": {"config", "job"},
-    "ranks": {"config", "failures", "job", "monitor", "train", "check"},
+    "ranks": {"config", "failures", "generate_config", "job", "monitor", "train", "check", "generate"},
     "launch": {"checkpoint", "config", "data", "failures", "job", "ranks"},
     "verdict": set(),
     "prove": {"config", "data", "failures", "files", "job", "launch", "verdict"},
-    "cli": {"config", "job", "launch", "prove", "ranks", "refusal"},
+    "answer": {"checkpoint", "config", "data", "failures", "generate_config", "job", "launch"},
+    "cli": {"answer", "config", "generate_config", "job", "launch", "prove", "ranks", "refusal"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -46,6 +49,7 @@ ALLOWED |= {
     "report": BELOW_TRAIN | {"trainer"},
     "train": BELOW_TRAIN | {"trainer", "report"},
     "check": BELOW_TRAIN | {"trainer", "verdict"},
+    "generate": BELOW_TRAIN | {"generate_config", "job", "sampling"},
 }  # the composition root: anything but what starts it
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -99,7 +103,7 @@ def test_the_parser_sees_imports() -> None:
     assert ("data", "store", "TokenStore") in imported_modules(PACKAGE / "data" / "__init__.py")
 
 
-BEFORE_RANKS = {"config", "files", "data", "job", "failures", "refusal", "launch", "ranks", "cli"}
+BEFORE_RANKS = {"config", "generate_config", "files", "data", "job", "failures", "refusal", "launch", "ranks", "answer", "cli"}
 
 
 def test_no_torch_before_the_ranks_start() -> None:
@@ -110,7 +114,7 @@ def test_no_torch_before_the_ranks_start() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not [name for name in names if name.split(".")[0] == "torch"], path
-    known = imported_modules(PACKAGE / "launch.py")
+    known = imported_modules(PACKAGE / "launch.py") | imported_modules(PACKAGE / "answer.py")
     assert {name[:2] for name in known if name[0] == "checkpoint"} <= {("checkpoint", "folder")}, "the rest of that room needs torch"
 
 

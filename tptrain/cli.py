@@ -13,11 +13,12 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tptrain.config import Config, ConfigError, refuse
+from tptrain.generate_config import GenerateConfig
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,8 +29,23 @@ _PACKAGE = Path(__file__).resolve().parent
 CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
 """The config groups: beside this file in a wheel, beside the package in a checkout."""
 
-Verb = Callable[["DictConfig", Path], "float | None"]
-"""From the composed config and the run folder to the value that a sweep compares, if there is one."""
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What the command can be asked to do."""
+
+    run: Callable[[DictConfig, Path], float | None]
+    """From the composed config and the run folder to the value that a sweep compares, if there is one."""
+    config: str = "config"
+    """The primary config: its file in `conf/`."""
+    schema: type = Config
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Words whose value on the command line is text as it stands, though Hydra would read more into some characters or into the
+    word, and the keys that they set."""
+    sweeps: bool = True
+    """Whether `-m` may start it several times."""
 
 
 def train(cfg: DictConfig, run_dir: Path) -> float | None:
@@ -50,7 +66,22 @@ def check(cfg: DictConfig, run_dir: Path) -> None:
     prove.check(typed(cfg), run_dir)
 
 
-VERBS: dict[str, Verb] = {"train": train, "check": check}
+def generate(cfg: DictConfig, run_dir: Path) -> None:
+    """Write text with a run's model: `run=FOLDER prompt=TEXT`."""
+    from tptrain import launch
+
+    if launch.given_place() is not None:
+        raise ConfigError("tptrain generate starts its own processes, but this is one of a launcher's: run it without torchrun")
+    from tptrain import answer
+
+    answer.generate(typed_as(GenerateConfig, cfg))
+
+
+VERBS = {
+    "train": Verb(train),
+    "check": Verb(check),
+    "generate": Verb(generate, "generate", GenerateConfig, {"prompt": "prompt", "checkpoint": "checkpoint.load"}, sweeps=False),
+}
 
 
 def main() -> NoReturn:
@@ -82,9 +113,12 @@ def _run(arguments: list[str]) -> int:
     from tptrain import launch  # neither this nor Hydra imports torch
     from tptrain.refusal import REFUSALS, explain
 
-    launch.hide_verb(VERBS)
+    verb = VERBS.get(launch.hide_verb(VERBS) or "", verb)
     place = launch.given_place()
     flags, overrides = _split(arguments)
+    if not verb.sweeps and _is_sweep(flags, overrides):
+        raise ConfigError("-m starts one job after another, but this verb has no run folders to keep them in: leave -m out")
+    overrides = [_as_text(override, verb.texts) for override in overrides]
     if place is not None:
         _check_single_run(flags, overrides, place)
         if place.rank > 0:
@@ -99,35 +133,41 @@ def _run(arguments: list[str]) -> int:
             _say(error)
         return 2
     except REFUSALS as error:
-        raise explain(error, overrides) from error
+        raise explain(error, overrides, verb.schema) from error
     except OSError as error:
         raise _unmakeable(error, overrides, "-m" in flags or "--multirun" in flags) from error
     return 0
 
 
-def compose(overrides: list[str]) -> Config:
+def compose(overrides: list[str], verb: str = "train") -> Any:
     """The config that the command line `overrides` asks for, typed and not yet resolved; for tests and benchmarks."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    _store_schema()
+    _store_schemas()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return typed(hydra_compose("config", overrides))
+        cfg = hydra_compose(VERBS[verb].config, [_as_text(override, VERBS[verb].texts) for override in overrides])
+        return typed_as(VERBS[verb].schema, cfg)
 
 
 def typed(cfg: DictConfig) -> Config:
+    """The composed config of a training as an object; see `typed_as`."""
+    return typed_as(Config, cfg)
+
+
+def typed_as(schema: type[C], cfg: DictConfig) -> C:
     """The composed config as an object of the schema. Raises ConfigError for a key or a value that the schema has not."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from tptrain.refusal import explain
 
-    _check_keys(OmegaConf.to_container(cfg), Config)
+    _check_keys(OmegaConf.to_container(cfg), schema)
     try:
         config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        raise explain(error, _hydra_overrides()) from error
-    assert isinstance(config, Config)
+        raise explain(error, _hydra_overrides(), schema) from error
+    assert isinstance(config, schema)
     return config
 
 
@@ -138,7 +178,7 @@ def _take_verb(arguments: list[str]) -> Verb:
     """Remove the verb from the arguments. A first word that is neither an override nor a flag must be one."""
     first = arguments[0] if arguments else ""
     if not first or first[0] in "-~+" or "=" in first:
-        return train
+        return VERBS["train"]
     if first not in VERBS:
         near = difflib.get_close_matches(first, VERBS, n=1)
         raise ConfigError(f"{first} is an unknown verb: use {near[0] if near else ' or '.join(VERBS)}")
@@ -164,11 +204,34 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _check_single_run(flags: list[str], overrides: list[str], place: Place) -> None:
     """Refuse a sweep inside ranks that somebody else started."""
-    if {"-m", "--multirun"} & set(flags) or "hydra.mode=multirun" in [override.lower() for override in overrides]:
+    if _is_sweep(flags, overrides):
         raise ConfigError(
             f"-m starts one job after another, but this is rank {place.rank} of {place.world_size} that torchrun started for a single one: "
             f"use tptrain -m {' '.join(overrides)}, without torchrun"
         )
+
+
+def _is_sweep(flags: list[str], overrides: list[str]) -> bool:
+    return bool({"-m", "--multirun"} & set(flags)) or "hydra.mode=multirun" in [override.lower() for override in overrides]
+
+
+def _as_text(override: str, texts: Mapping[str, str]) -> str:
+    """`word=TEXT` so that Hydra reads it as that text, whatever is in it, for a word of `texts`.
+
+    What begins as a quoted text or as a list is left to Hydra.
+
+    >>> print(_as_text("prompt=def f('a'", {"prompt": "prompt"}))
+    prompt='def f(\\'a\\''
+    """
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    from tptrain.job import literal
+
+    word, equals, text = override.partition("=")
+    if not equals or word not in texts:
+        return override
+    kept = text[:1] in ("", "'", '"', "[")
+    return f"{texts[word]}={text if kept else QuotedString(literal(text), Quote.single).with_quotes()}"
 
 
 def _without_folder(overrides: list[str]) -> list[str]:
@@ -186,7 +249,7 @@ def _hydra_main(verb: Verb) -> Callable[[], Any]:
     import hydra
     from hydra.core.config_store import ConfigStore
 
-    _store_schema()
+    _store_schemas()
     # Hydra copies the store, which is one object for the whole process, 95 times to write --help: 0.5 s.
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us, and prints none itself
@@ -194,17 +257,18 @@ def _hydra_main(verb: Verb) -> Callable[[], Any]:
     def task(cfg: DictConfig) -> float | None:
         return _run_verb(verb, cfg)
 
-    main_of: Callable[[], Any] = hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)
+    main_of: Callable[[], Any] = hydra.main(config_path=str(CONF), config_name=verb.config, version_base="1.3")(task)
     return main_of
 
 
-def _store_schema() -> None:
-    """Make `Config` the type of everything that Hydra composes."""
+def _store_schemas() -> None:
+    """Make the verbs' config classes the types of everything that Hydra composes."""
     from hydra.core.config_store import ConfigStore
 
     from tptrain.job import schema
 
     ConfigStore.instance().store(name="schema", node=schema())
+    ConfigStore.instance().store(name="generate_schema", node=schema(GenerateConfig))
 
 
 def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
@@ -223,10 +287,11 @@ def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
     sweeping = settings.mode == RunMode.MULTIRUN
     job = f"job {settings.job.num} ({settings.job.override_dirname}): " if sweeping else ""
     try:
-        return verb(cfg, run_dir)
+        return verb.run(cfg, run_dir)
     except ConfigError as error:
         _say(f"{job}{error}")
-        _discard(run_dir)
+        if settings.output_subdir is not None:
+            _discard(run_dir)
         if sweeping:
             error.said_by = os.getpid()  # type: ignore[attr-defined]
             raise
@@ -248,7 +313,7 @@ def _hydra_overrides() -> list[str]:
     return list(overrides)
 
 
-def _check_keys(values: Any, kind: Any, prefix: str = "") -> None:
+def _check_keys(values: Any, kind: Any, prefix: str = "", schema: Any = None) -> None:
     """Refuse keys that the schema has not: `+key=value` adds one, and OmegaConf would drop it in silence."""
     from typing import get_type_hints
 
@@ -257,9 +322,9 @@ def _check_keys(values: Any, kind: Any, prefix: str = "") -> None:
     hints = get_type_hints(kind)
     for key, value in values.items():
         if key not in hints:
-            raise unknown_key(prefix + key, value)
+            raise unknown_key(prefix + key, value, schema or kind)
         if is_dataclass(hints[key]) and isinstance(value, Mapping):
-            _check_keys(value, hints[key], f"{prefix}{key}.")
+            _check_keys(value, hints[key], f"{prefix}{key}.", schema or kind)
 
 
 # ---- the run folder --------------------------------------------------------------------------------------

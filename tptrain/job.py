@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ class Job:
 
     work: str
     """What the ranks do: a name in `ranks.WORKS`."""
-    config: Config
-    """Resolved."""
+    config: Any
+    """Resolved; of the schema that the work asks for, in training `Config`."""
     run_dir: Path
     """The run folder, absolute."""
     store_dir: Path
@@ -28,7 +29,7 @@ class Job:
         """Write `config.yaml`: what was asked, resolved. Ranks read it back by `load`."""
         from omegaconf import OmegaConf
 
-        OmegaConf.save(OmegaConf.create(dataclasses.asdict(self.config)), self.run_dir / "config.yaml")
+        OmegaConf.save(OmegaConf.create(literal(dataclasses.asdict(self.config))), self.run_dir / "config.yaml")
 
     @staticmethod
     def load(work: str, run_dir: Path, store_dir: Path, kind: Any = Config) -> Job:
@@ -38,6 +39,19 @@ class Job:
         config: Any = OmegaConf.to_object(OmegaConf.merge(schema(kind), OmegaConf.load(run_dir / "config.yaml")))
         assert isinstance(config, kind)
         return Job(work, config, run_dir, store_dir)
+
+
+def literal(values: Any) -> Any:
+    """`values`, nested lists and dicts, in which OmegaConf sees no interpolation: a `${` in a text stands for itself.
+
+    >>> print(literal(["echo ${HOME}", 2])[0])
+    echo \\${HOME}
+    """
+    if isinstance(values, dict):
+        return {key: literal(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [literal(value) for value in values]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", values) if isinstance(values, str) else values
 
 
 @dataclass(frozen=True)

@@ -103,11 +103,13 @@ def let_rank_0_speak() -> None:
         time.sleep(10)  # cut short by torchrun, once rank 0 has left
 
 
-def hide_verb(verbs: Iterable[str]) -> None:
-    """Take the verb out of the line that tab completion asks about: Hydra completes overrides only."""
+def hide_verb(verbs: Iterable[str]) -> str | None:
+    """Take the verb out of the line that tab completion asks about, and return it: Hydra completes overrides only."""
     words = os.environ.get("COMP_LINE", "").split(" ")
     if len(words) > 2 and words[1] in verbs:
         os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
+        return words[1]
+    return None
 
 
 def settle(config: Config, place: Place | None) -> Config:

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 from tptrain import failures
 from tptrain.config import Config
+from tptrain.generate_config import GenerateConfig
 from tptrain.job import ALONE, Job, Place
 
 # ---- what ranks can do -----------------------------------------------------------------------------------
@@ -52,6 +53,13 @@ def _check_layout(job: Job) -> dict[str, Any]:
     return run_layout(job.config, job.run_dir, job.store_dir)
 
 
+def _generate(job: Job) -> dict[str, float]:
+    """Text by a trained model."""
+    from tptrain.generate import generate
+
+    return generate(job.config)
+
+
 @dataclass(frozen=True)
 class Work:
     """One thing that ranks can do."""
@@ -62,7 +70,12 @@ class Work:
     """The schema of the job's `config.yaml`. It has the groups `hardware` and `launch`, and `processes`."""
 
 
-WORKS = {"train": Work(_train), "check-twin": Work(_check_twin), "check-layout": Work(_check_layout)}
+WORKS = {
+    "train": Work(_train),
+    "check-twin": Work(_check_twin),
+    "check-layout": Work(_check_layout),
+    "generate": Work(_generate, GenerateConfig),
+}
 """By the name that travels to the ranks."""
 
 

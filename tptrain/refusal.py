@@ -12,15 +12,18 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import errors
 from yaml import YAMLError
 
-from tptrain.config import ConfigError, refuse
+from tptrain.config import Config, ConfigError, refuse
 from tptrain.job import keys
 
 REFUSALS = (HydraException, errors.OmegaConfBaseException, YAMLError, ValueError)
 """What Hydra raises, outside our own task, for a command line or a YAML file that it cannot use."""
 
 
-def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
-    """The ConfigError that says what is wrong with the command line `overrides`, or with the YAML behind it."""
+def explain(error: Exception, overrides: Sequence[str], schema: type = Config) -> ConfigError:
+    """The ConfigError that says what is wrong with the command line `overrides`, or with the YAML behind it.
+
+    schema: the config class that it should have made.
+    """
     if isinstance(error, ConfigError):
         return error
     if isinstance(error, OverrideParseException):
@@ -35,21 +38,21 @@ def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     while link is not None:
         if isinstance(link, errors.OmegaConfBaseException) and link.full_key:
             file = re.match(r"In '([^']+)'", str(error))
-            return ConfigError(f"{file[1]}.yaml: {_bad_key(link, ())}") if file else _bad_key(link, overrides)
+            return ConfigError(f"{file[1]}.yaml: {_bad_key(link, (), schema)}") if file else _bad_key(link, overrides, schema)
         link = link.__cause__ or link.__context__
     return ConfigError(f"{_line(error)}: see tptrain --help")
 
 
-def unknown_key(key: str, value: object) -> ConfigError:
+def unknown_key(key: str, value: object, schema: type = Config) -> ConfigError:
     """The refusal of a key that the schema has not, with the nearest keys that it has."""
     if key.startswith("hydra"):
         return refuse(key, value, "is an unknown key", "see tptrain --cfg hydra")
     is_value = "." in key
-    known = [name for name, kind in keys().items() if not (is_value and is_dataclass(kind))]
+    known = [name for name, kind in keys(schema).items() if not (is_value and is_dataclass(kind))]
     leaf = key.rpartition(".")[2]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
     near += [name for name in known if name.rpartition(".")[2] == leaf and name not in near]
-    return refuse(key, value, "is an unknown key", f"use {_either(near[:3])}" if near else "see the keys in tptrain --cfg job")
+    return refuse(key, value, "is an unknown key", f"use {_either(near[:3])}" if near else "see the keys that --cfg job shows")
 
 
 def _missing_file(error: MissingConfigException) -> ConfigError:
@@ -62,7 +65,7 @@ def _missing_file(error: MissingConfigException) -> ConfigError:
     return refuse(group, option, "is unknown", f"use {_either(nearest[:20])}")
 
 
-def _bad_key(error: errors.OmegaConfBaseException, overrides: Sequence[str]) -> ConfigError:
+def _bad_key(error: errors.OmegaConfBaseException, overrides: Sequence[str], schema: type) -> ConfigError:
     """A key that is unknown, missing, of the wrong type, or refers to one of these."""
     key, value = _asked(str(error.full_key).partition("[")[0], error.value, overrides)
     said = str(error.msg).splitlines()[0].rstrip(".")
@@ -71,15 +74,16 @@ def _bad_key(error: errors.OmegaConfBaseException, overrides: Sequence[str]) -> 
     if isinstance(error, errors.InterpolationResolutionError):
         return refuse(key, value, f"cannot be resolved ({said})", f"use {key}=VALUE")
     if isinstance(error, errors.ValidationError):
-        return refuse(key, value, f"is not {_kind(key)[0]}", f"use {_kind(key)[1]}")
+        wanted, remedy = _kind(key, schema)
+        return refuse(key, value, f"is not {wanted}", f"use {remedy}")
     if isinstance(error, (AttributeError, KeyError)):
-        return unknown_key(key, value)
-    return refuse(key, value, f"is refused ({said})", "see tptrain --cfg job")
+        return unknown_key(key, value, schema)
+    return refuse(key, value, f"is refused ({said})", "see what --cfg job shows")
 
 
-def _kind(key: str) -> tuple[str, str]:
+def _kind(key: str, schema: type) -> tuple[str, str]:
     """What the schema wants for `key`, in words, and what to write instead."""
-    hint = keys().get(key)
+    hint = keys(schema).get(key)
     inner = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
     if typing.get_origin(hint) is list:
         return f"a list of {'numbers' if inner == [float] else 'texts'}", f"brackets, as in {key}=[a,b]"

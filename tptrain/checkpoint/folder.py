@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,17 @@ def find_start(config: Config, run_dir: Path) -> Path | None:
 
 def _check_same_training(config: Config, start: Path) -> None:
     """Refuse a checkpoint whose tensors or sample numbers mean something else under this config."""
-    saved, asked = read_state(start)["config"], asdict(config)
-    for group, names in _MUST_EQUAL.items():
-        for name in names:
+    for key, asked, saved in differences(config, start, _MUST_EQUAL):
+        raise refuse(key, asked, f"differs from {saved} of {start}", f"use {key}={saved}, or another hydra.run.dir")
+
+
+def differences(config: Config, folder: Path, groups: Iterable[str]) -> Iterator[tuple[str, Any, Any]]:
+    """Keys of `groups` by which a complete checkpoint is of something else than `config`, with the config's value and its own."""
+    saved, asked = read_state(folder)["config"], asdict(config)
+    for group in groups:
+        for name in _MUST_EQUAL[group]:
             if asked[group][name] != saved[group][name]:
-                rule = f"differs from {saved[group][name]} of {start}"
-                remedy = f"use {group}.{name}={saved[group][name]}, or another hydra.run.dir"
-                raise refuse(f"{group}.{name}", asked[group][name], rule, remedy)
+                yield f"{group}.{name}", asked[group][name], saved[group][name]
 
 
 def publish(partial: Path, state: dict[str, Any]) -> Path:

@@ -61,6 +61,14 @@ def load(folder: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, world
     return read_state(folder)
 
 
+def load_model(folder: Path, stage: nn.Module, world: dist.ProcessGroup) -> dict[str, Any]:
+    """Fill a stage alone, in its parameters' dtype, from a checkpoint of any layout. All ranks call this. Returns the saved state."""
+    tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in stage.named_parameters()}
+    with _plain_errors(f"loading {folder} failed"):
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), process_group=world)
+    return read_state(folder)
+
+
 def training_tensors(stage: nn.Module, optimizer: torch.optim.Optimizer, skip: set[str]) -> dict[str, Tensor]:
     """This rank's parameters and optimizer state by their keys in a checkpoint. The tensors are the live ones."""
     named = [(name, parameter) for name, parameter in stage.named_parameters() if name not in skip]
