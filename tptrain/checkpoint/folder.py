@@ -80,7 +80,7 @@ def differences(config: Config, folder: Path, groups: Iterable[str]) -> Iterator
     saved, asked = read_state(folder)["config"], asdict(config)
     for group in groups:
         for name in _MUST_EQUAL[group]:
-            if asked[group][name] != saved[group][name]:
+            if asked[group][name] != saved[group].get(name, asked[group][name]):  # an older checkpoint may lack a key
                 yield f"{group}.{name}", asked[group][name], saved[group][name]
 
 
