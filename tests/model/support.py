@@ -27,6 +27,7 @@ from tptrain.tensor_parallel.parameter import partial_gradients
 from tptrain.tensor_parallel.random import Stream, keep_mask
 
 CPU = torch.device("cpu")
+PLAIN = Execution()
 SAMPLES, LENGTH = 3, 12
 """A batch's shape: not square, shorter than max_seq_len, and split evenly by 2 and 4."""
 
@@ -58,7 +59,7 @@ def batch(model: ModelConfig, samples: int = SAMPLES, length: int = LENGTH) -> t
     return inputs, targets
 
 
-def stage_like(twin: PlainGPT, model: ModelConfig, mesh: Mesh, execution: Execution = Execution()) -> GPTStage:
+def stage_like(twin: PlainGPT, model: ModelConfig, mesh: Mesh, execution: Execution = PLAIN) -> GPTStage:
     """The whole model as one stage, with the twin's values."""
     stage = GPTStage(model, 0, model.num_layers, mesh.tp, CPU, execution)
     copy_weights(twin, stage)
@@ -83,7 +84,7 @@ def dropping(model: ModelConfig, stream: Stream | None) -> Drop:
     return drop
 
 
-def check_against_twin(mesh: Mesh, model: ModelConfig, execution: Execution = Execution(), stream: Stream | None = None) -> None:
+def check_against_twin(mesh: Mesh, model: ModelConfig, execution: Execution = PLAIN, stream: Stream | None = None) -> None:
     """Every logit, the loss and every gradient of a stage split over mesh.tp equal those of the twin on one process."""
     about = f"{model} {execution} tp {mesh.tp_size}"
     twin = plain_gpt(model)
@@ -92,7 +93,7 @@ def check_against_twin(mesh: Mesh, model: ModelConfig, execution: Execution = Ex
 
     expected_logits = twin(inputs, dropping(model, stream))
     logits = part(expected_logits, -1, mesh.tp_size, mesh.tp_rank)
-    assert_close(stage(inputs, stream=stream), logits, rtol=1e-5, atol=2e-5, msg=lambda text: f"{about}: {text}")
+    assert_close(stage(inputs, stream=stream), logits, rtol=1e-5, atol=5e-5, msg=lambda text: f"{about}: {text}")
 
     expected = F.cross_entropy(expected_logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
     loss = stage(inputs, targets, stream)
