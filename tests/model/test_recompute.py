@@ -22,6 +22,7 @@ from tests.tensor_parallel.support import mesh_of, random
 from tptrain.config import ModelConfig
 from tptrain.mesh import Mesh
 from tptrain.model.gpt import Execution, GPTStage
+from tptrain.tensor_parallel.parameter import compute_in
 from tptrain.tensor_parallel.random import Stream
 
 KINDS = ("none", "selective", "full")
@@ -29,11 +30,12 @@ SAMPLES, LENGTH, LAYERS = 3, 12, 2
 FP32 = 4
 
 
-def results(mesh: Mesh, model: ModelConfig, execution: Execution) -> dict[str, Tensor]:
+def results(mesh: Mesh, model: ModelConfig, execution: Execution, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """This rank's loss and gradients of two micro-batches, whose samples are numbers 5 to 7 and 8 to 10."""
     stage = stage_like(plain_gpt(model), model, mesh, execution)
+    compute_in(stage, dtype)
     inputs, targets = batch(model)
-    losses = []
+    losses: list[Tensor] = []
     for first, rows in ((5, inputs), (8, inputs.flip(0))):
         loss = stage(rows, targets, Stream(3, first) if model.dropout else None)
         loss.backward()
@@ -42,19 +44,20 @@ def results(mesh: Mesh, model: ModelConfig, execution: Execution) -> dict[str, T
     return {"loss": torch.stack(losses)} | {name: p.grad.to_local() for name, p in stage.named_parameters()}
 
 
-def check_bits(mesh: Mesh, sequence_parallel: bool) -> None:
+def check_bits(mesh: Mesh, sequence_parallel: bool, dtype: torch.dtype = torch.float32) -> None:
     for family in FAMILIES:
         for probability in (0.0, 0.1):
             model = FAMILIES[family](dropout=probability)
-            none, selective, full = (results(mesh, model, Execution(sequence_parallel, kind)) for kind in KINDS)
+            none, selective, full = (results(mesh, model, Execution(sequence_parallel, kind), dtype) for kind in KINDS)
             for name, expected in none.items():
                 about = (family, probability, sequence_parallel, name)
                 assert torch.equal(selective[name], expected), about
                 assert torch.equal(full[name], expected), about
 
 
-def test_the_same_bits_on_one_process(mesh: Mesh) -> None:
-    check_bits(mesh, False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_on_one_process(mesh: Mesh, dtype: torch.dtype) -> None:
+    check_bits(mesh, False, dtype)
 
 
 def test_the_same_bits_and_no_dear_repetition_on_two_ranks() -> None:
