@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
+from tests.model.support import gpt2, llama
 from tests.support import small_config
 from tptrain.config import ModelConfig
 from tptrain.mesh import Mesh
@@ -44,14 +46,50 @@ def test_sizes_are_what_their_names_say(name: str, expected: float) -> None:
     assert num_parameters(ModelConfig(**yaml.safe_load(path.read_text()))) == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.parametrize(("name", "expected"), [("llama_1b", 1.24e9), ("llama_8b", 8.03e9), ("llama_70b", 70.6e9)])
+def test_llama_sizes_are_those_of_the_published_weights(name: str, expected: float) -> None:
+    path = next(path for path in SIZES if path.stem == name)
+    assert num_parameters(ModelConfig(**yaml.safe_load(path.read_text()))) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_kv_heads": 1}, {"num_kv_heads": 2, "bias": True}, {"num_kv_heads": 8, "tie_embeddings": True}], ids=str
+)
+def test_num_parameters_of_key_value_heads(mesh: Mesh, changes: dict[str, Any]) -> None:
+    model = llama(**changes)
+    stage = GPTStage(model, 0, model.num_layers, mesh.tp, torch.device("meta"))
+    assert num_parameters(model) == sum(parameter.numel() for parameter in stage.parameters())
+
+
+@pytest.mark.parametrize("changes", [{"norm": "rmsnorm"}, {"position": "rope"}, {"activation": "swiglu"}], ids=str)
+def test_num_parameters_of_each_choice_alone(mesh: Mesh, changes: dict[str, Any]) -> None:
+    model = gpt2(**changes)
+    stage = GPTStage(model, 0, model.num_layers, mesh.tp, torch.device("meta"))
+    assert num_parameters(model) == sum(parameter.numel() for parameter in stage.parameters())
+
+
+def addmm_in_place(into: Any, a: tuple[int, int], b: tuple[int, int], **_: Any) -> int:
+    """FLOPs of into += a @ b, by shapes; torch counts the other form of addmm alone."""
+    return 2 * a[0] * a[1] * b[1]
+
+
 @pytest.mark.parametrize(("tied", "seq_len"), [(True, 16), (False, 16), (True, 5)])
 def test_flops_are_those_that_torch_counts(mesh: Mesh, tied: bool, seq_len: int) -> None:
-    """Forward and backward, attention as two plain matrix products over the whole sequence. Equal, not just close."""
     model = small_config(model__tie_embeddings=tied, model__ffn_hidden_size=96, model__num_layers=3).model
+    check_flops(mesh, model, seq_len)
+
+
+@pytest.mark.parametrize(("tied", "kv_heads"), [(True, 1), (False, 2), (False, 8)])
+def test_flops_of_the_second_family(mesh: Mesh, tied: bool, kv_heads: int) -> None:
+    check_flops(mesh, llama(tie_embeddings=tied, num_kv_heads=kv_heads, ffn_hidden_size=88, num_layers=3), 11)
+
+
+def check_flops(mesh: Mesh, model: ModelConfig, seq_len: int) -> None:
+    """Forward and backward, attention as two plain matrix products over the whole sequence. Equal, not just close."""
     stage = GPTStage(model, 0, model.num_layers, mesh.tp, torch.device("cpu"))
     initialise(stage, model, 1)
     tokens = torch.randint(model.vocab_size, (3, seq_len + 1), generator=torch.Generator().manual_seed(1))
-    in_place = {torch.ops.aten.addmm_: addmm_flop}  # torch counts addmm alone
+    in_place = {torch.ops.aten.addmm_: addmm_in_place}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         stage(tokens[:, :-1], tokens[:, 1:]).backward()
     assert counter.get_total_flops() == flops_per_token(model, seq_len) * 3 * seq_len

@@ -46,7 +46,7 @@ def drawn(name: str, shape: tuple[int, ...], std: float, seed: int = SEED) -> to
 def split_dim(name: str) -> int | None:
     """Which dimension tp splits, by what the layer is."""
     layer, kind = name.split(".")[-2:]
-    if layer in ("q", "k", "v", "up", "embedding", "head"):
+    if layer in ("q", "k", "v", "gate", "up", "embedding", "head"):
         return 0
     return 1 if layer in ("out", "down") and kind == "weight" else None
 
@@ -74,8 +74,26 @@ def test_every_split_has_the_same_bits(mesh: Mesh, tp: int) -> None:
             assert np.array_equal(value, part(whole[name], split_dim(name), tp, rank).numpy()), (name, rank)
 
 
-def initial_part(rank: int, tp: int) -> dict[str, Any]:
-    return {name: value.numpy() for name, value in initial_values(MODEL, mesh_of(tp=tp)).items()}
+def initial_part(rank: int, tp: int, model: ModelConfig = MODEL) -> dict[str, Any]:
+    return {name: value.numpy() for name, value in initial_values(model, mesh_of(tp=tp)).items()}
+
+
+LLAMA = replace(MODEL, num_heads=8, num_kv_heads=2, ffn_hidden_size=6008, bias=False, position="rope", norm="rmsnorm", activation="swiglu")
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_every_split_of_the_second_family_has_the_same_bits(mesh: Mesh, tp: int) -> None:
+    """At tp 4 there are fewer key/value heads than ranks, and all hold both."""
+    whole = initial_values(LLAMA, mesh)
+    residual = LLAMA.init_std / math.sqrt(2 * LLAMA.num_layers)
+    for name, value in whole.items():
+        std = residual if name.endswith(("out.weight", "down.weight")) else LLAMA.init_std
+        assert torch.equal(value, torch.ones(24) if value.ndim == 1 else drawn(name, tuple(value.shape), std)), name
+    for rank, values in enumerate(run_ranks(tp, initial_part, tp, LLAMA)):
+        assert values.keys() == whole.keys()
+        for name, value in values.items():
+            shared = tp == 4 and name.split(".")[-2] in ("k", "v")
+            assert np.array_equal(value, part(whole[name], None if shared else split_dim(name), tp, rank).numpy()), (name, rank)
 
 
 def test_every_cut_into_stages_has_the_same_bits(mesh: Mesh) -> None:
