@@ -103,10 +103,10 @@ def test_unequal_parts_are_exchanged_on_any_device(mesh: Mesh) -> None:
     assert communication._by_exchange(torch.ones(1), shard_sizes(4 * mesh.tp_size, mesh.tp_size))
 
 
-@on_ranks("tp2", "tp3", "tp4")
+@on_ranks("tp3", "tp4")
 def test_a_sum_has_the_same_bits_on_all_ranks(mesh: Mesh) -> None:
     """Whoever adds, adds in the order of the ranks: what one rank makes of all parts, the others would make too."""
-    x = random(7, 3, seed=mesh.tp_rank).mul(10.0 ** (3 * mesh.tp_rank)).bfloat16()
+    x = random(70, 3, seed=mesh.tp_rank).bfloat16()  # 8 bits: another order of three addends rounds otherwise
     same = torch.cat([x] * mesh.tp_size)
     mine = start_reduce_scatter(same, 0, mesh.tp_group).wait()
     everybody = start_all_gather(mine, 0, len(same), mesh.tp_group).wait().chunk(mesh.tp_size)

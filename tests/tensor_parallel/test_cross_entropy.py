@@ -6,6 +6,7 @@ import math
 from itertools import product
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -149,6 +150,17 @@ def test_logits_and_targets_are_not_changed(mesh: Mesh) -> None:
         loss.backward(gradient)
         for tensor, value in zip((logits, targets, gradient), kept, strict=True):
             assert torch.equal(tensor, value)
+
+
+@on_ranks("tp1", "tp2")
+def test_a_second_backward_is_refused(mesh: Mesh) -> None:
+    """The gradient is written over what forward kept: to go back through it once more is an error, not another gradient."""
+    start, stop = shard_bounds(257, mesh.tp_size, mesh.tp_rank)
+    logits = random(TOKENS, 257, seed=1)[:, start:stop].clone().requires_grad_()
+    loss = vocab_parallel_cross_entropy(logits, drawn_targets(257), Vocabulary(start, 257, mesh.tp_group)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
 
 
 @on_ranks()

@@ -50,7 +50,7 @@ def test_sequence_parallel_gather_and_scatter_travel_under_products(mesh: Mesh) 
 
 
 @on_ranks(*SPLIT)
-def test_no_collective_where_the_input_needs_no_gradient(mesh: Mesh) -> None:
+def test_no_input_gradient_travels_where_none_is_needed(mesh: Mesh) -> None:
     layer = ColumnParallelLinear(INPUTS, OUTPUTS, False, mesh.tp, CPU)
     load(layer, serial_linear(INPUTS, OUTPUTS, False))
     y = layer(random(4, INPUTS, seed=1))
@@ -58,6 +58,15 @@ def test_no_collective_where_the_input_needs_no_gradient(mesh: Mesh) -> None:
         y.backward(random(*y.shape, seed=2))
     assert [event for event in events if not event.startswith("product")] == []
     assert_close(local_part(layer.weight.grad), random(*y.shape, seed=2).t() @ random(4, INPUTS, seed=1))
+
+    layer = ColumnParallelLinear(INPUTS, OUTPUTS, False, mesh.tp, CPU, sequence_parallel=True)
+    load(layer, serial_linear(INPUTS, OUTPUTS, False))
+    whole = random(BATCH, SEQUENCE, INPUTS, seed=1)
+    y = layer(part(whole, 1, mesh.tp_size, mesh.tp_rank))
+    with order_of_linear() as events:
+        y.backward(random(*y.shape, seed=2))
+    assert [event for event in events if not event.startswith("product")] == ["start all_gather", "wait all_gather"]  # of x, alone
+    assert_close(local_part(layer.weight.grad), random(*y.shape, seed=2).flatten(0, 1).t() @ whole.flatten(0, 1), rtol=1e-5, atol=1e-5)
 
 
 @on_ranks()
