@@ -1,93 +1,169 @@
-"""Each split layer against its serial twin from torch.nn: output, input gradient, every parameter's gradient."""
+"""Each split layer against its serial twin from torch.nn: output, input gradient, every parameter's gradient, over three
+micro-batches whose gradients add up."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.ranks import run_ranks
-from tests.tensor_parallel.support import collectives, fill, mesh_of, part, random, whole_gradient
-from tptrain.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from tests.tensor_parallel.support import (
+    CPU,
+    check_gradients,
+    fill,
+    load,
+    on_ranks,
+    part,
+    random,
+    serial_linear,
+    strides_of,
+)
+from tptrain.mesh import Mesh
+from tptrain.tensor_parallel.communication import all_reduce
+from tptrain.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    SharedColumnLinear,
+)
+from tptrain.tensor_parallel.parameter import local_part, partial_gradients
 
-CPU = torch.device("cpu")
-LAYOUTS = [(1, {"tp": 1}), (2, {"tp": 2}), (4, {"tp": 4}), (4, {"tp": 2, "dp": 2})]
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_layers_equal_their_serial_twins(world: int) -> None:
-    run_ranks(world, check_all, [layout for size, layout in LAYOUTS if size == world])
-
-
-def check_all(rank: int, layouts: list[dict[str, int]]) -> None:
-    for layout in layouts:
-        mesh = mesh_of(**layout)
-        for bias in (True, False):
-            for outputs in (8, 5):  # 5 rows: 3 + 2, or 2 + 2 + 1 and none
-                check_column(mesh, outputs, bias)
-            check_row(mesh, bias)
-        check_bias_counts_once(mesh)
-        for vocabulary in (257, 5):
-            check_embedding(mesh, vocabulary)
-        check_column_then_row(mesh)
+MICRO_BATCHES, SEQUENCE = 3, 12
 
 
-def serial_linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
-    twin = nn.Linear(inputs, outputs, bias=bias)
-    twin.weight.data = random(outputs, inputs, seed=1)
-    if bias:
-        twin.bias.data = random(outputs, seed=2)
-    return twin
+class Batches:
+    """Whole inputs and whole output gradients of three micro-batches, and this rank's parts of them along a dimension."""
+
+    def __init__(self, mesh: Mesh, inputs: int, outputs: int, lay_out: Callable[[Tensor], Tensor] = Tensor.clone) -> None:
+        self.size, self.me = mesh.tp_size, mesh.tp_rank
+        self.x = [lay_out(random(2, SEQUENCE, inputs, seed=30 + i)) for i in range(MICRO_BATCHES)]
+        self.gradients = [lay_out(random(2, SEQUENCE, outputs, seed=40 + i)) for i in range(MICRO_BATCHES)]
+
+    def part(self, whole: Tensor, dim: int | None) -> Tensor:
+        return part(whole, dim, self.size, self.me)
 
 
-def check_gradients(layer: nn.Module, twin: nn.Module) -> None:
-    ours, theirs = dict(layer.named_parameters()), dict(twin.named_parameters())
-    assert ours.keys() == theirs.keys()
-    for name, parameter in ours.items():
-        assert_close(whole_gradient(parameter), theirs[name].grad, msg=lambda text, n=name: f"{type(layer).__name__}.{n}: {text}")
-
-
-def load(layer: nn.Module, twin: nn.Module) -> None:
-    for name, parameter in layer.named_parameters():
-        fill(parameter, twin.get_parameter(name).data)
-
-
-def check_column(mesh, outputs: int, bias: bool) -> None:
-    twin = serial_linear(6, outputs, bias)
-    layer = ColumnParallelLinear(6, outputs, bias, mesh.tp, CPU)
+def check_linear(layer: nn.Module, twin: nn.Linear, batches: Batches, x_dim: int | None, y_dim: int | None) -> None:
+    """The layer is its twin, where this rank holds its part of x along x_dim and of y along y_dim (None: all of it)."""
     load(layer, twin)
-    x, twin_x = (random(2, 3, 6, seed=3).requires_grad_() for _ in range(2))
-    gradient = random(2, 3, outputs, seed=4)
-    mine = (-1, mesh.tp_size, mesh.tp_rank)
-
-    y, expected = layer(x), twin(twin_x)
-    assert_close(y, part(expected, *mine))
-    y.backward(part(gradient, *mine))
-    expected.backward(gradient)
-    assert_close(x.grad, twin_x.grad)
-    check_gradients(layer, twin)
-    assert layer.row_start == sum(part(torch.arange(outputs), 0, mesh.tp_size, i).numel() for i in range(mesh.tp_rank))
-
-
-def check_row(mesh, bias: bool) -> None:
-    twin = serial_linear(8, 6, bias)
-    layer = RowParallelLinear(8, 6, bias, mesh.tp, CPU)
-    load(layer, twin)
-    whole, gradient = random(2, 3, 8, seed=3), random(2, 3, 6, seed=4)
-    mine = (-1, mesh.tp_size, mesh.tp_rank)
-    x, twin_x = part(whole, *mine).clone().requires_grad_(), whole.clone().requires_grad_()
-
-    y, expected = layer(x), twin(twin_x)
-    assert_close(y, expected)
-    y.backward(gradient)
-    expected.backward(gradient)
-    assert_close(x.grad, part(twin_x.grad, *mine))
-    check_gradients(layer, twin)
+    for whole_x, whole_gradient_of_y in zip(batches.x, batches.gradients, strict=True):
+        x = batches.part(whole_x, x_dim).detach().requires_grad_()
+        twin_x = whole_x.detach().clone().requires_grad_()
+        kept, gradient = x.detach().clone(), batches.part(whole_gradient_of_y, y_dim)
+        kept_gradient = gradient.clone()
+        y, expected = layer(x), twin(twin_x)
+        assert_close(y, batches.part(expected, y_dim), rtol=1e-5, atol=1e-5)
+        y.backward(gradient)
+        expected.backward(whole_gradient_of_y)
+        assert_close(x.grad, batches.part(twin_x.grad, x_dim), rtol=1e-5, atol=2e-5)
+        assert torch.equal(x, kept), "the input changed"
+        assert torch.equal(gradient, kept_gradient), "the incoming gradient changed"
 
 
-def check_bias_counts_once(mesh) -> None:
+# ---- column ------------------------------------------------------------------------------------------------
+
+
+@on_ranks()
+def test_column_is_its_twin(mesh: Mesh) -> None:
+    for outputs, bias, gather_output, sequence_parallel in product((8, 5), (True, False), (True, False), (True, False)):
+        twin = serial_linear(6, outputs, bias)
+        layer = ColumnParallelLinear(
+            6, outputs, bias, mesh.tp, CPU, gather_output=gather_output, sequence_parallel=sequence_parallel
+        )  # fmt: skip
+        check_linear(layer, twin, Batches(mesh, 6, outputs), 1 if sequence_parallel else None, None if gather_output else -1)
+        assert partial_gradients(layer) == []
+        check_gradients(layer, twin, mesh.tp_group)
+        assert layer.row_start == sum(part(torch.arange(outputs), 0, mesh.tp_size, i).numel() for i in range(mesh.tp_rank))
+
+
+@on_ranks("tp1", "tp3", "tp4")
+def test_layers_take_any_strides(mesh: Mesh) -> None:
+    for lay_out, sequence_parallel in product(strides_of(mesh.tp_rank).values(), (False, True)):
+        sequence = 1 if sequence_parallel else None
+        for layer_type, x_dim, y_dim in ((ColumnParallelLinear, sequence, -1), (RowParallelLinear, -1, sequence)):
+            twin = serial_linear(12, 12, True)
+            layer = layer_type(12, 12, True, mesh.tp, CPU, sequence_parallel=sequence_parallel)
+            check_linear(layer, twin, Batches(mesh, 12, 12, lay_out), x_dim, y_dim)
+            check_gradients(layer, twin, mesh.tp_group)
+
+
+@on_ranks()
+def test_split_weights_gradients_are_neither_averaged_nor_summed_over_tp(mesh: Mesh) -> None:
+    """Each rank's rows have their gradient from that rank alone: the input times this rank's gradients, by formula."""
+    layer = ColumnParallelLinear(6, 8, True, mesh.tp, CPU)
+    fill(layer.weight, random(8, 6, seed=1))
+    fill(layer.bias, random(8, seed=2))
+    x, gradient = random(4, 6, seed=3), part(random(4, 8, seed=4), -1, mesh.tp_size, mesh.tp_rank)
+    layer(x.clone().requires_grad_()).backward(gradient)
+    assert_close(local_part(layer.weight.grad), gradient.t() @ x)
+    assert_close(local_part(layer.bias.grad), gradient.sum(0))
+    assert partial_gradients(layer) == [], "complete: the step sums nothing"
+
+
+# ---- shared ------------------------------------------------------------------------------------------------
+
+
+@on_ranks()
+def test_shared_key_value_gradients_sum_over_tp(mesh: Mesh) -> None:
+    """Fewer blocks than ranks: each rank's gradient is what its own use of the block gives, and their sum is the twin's."""
+    size, me, group = mesh.tp_size, mesh.tp_rank, mesh.tp_group
+    for blocks, bias, sequence_parallel in product({1, 2 if size == 4 else 1}, (True, False), (True, False)):
+        width = 3
+        twin = serial_linear(6, width * blocks, bias)
+        layer = SharedColumnLinear(6, width * blocks, blocks, bias, mesh.tp, CPU, sequence_parallel=sequence_parallel)
+        load(layer, twin)
+        rows = [slice(width * (rank * blocks // size), width * (rank * blocks // size + 1)) for rank in range(size)]
+        assert layer.row_start == rows[me].start
+        batches = Batches(mesh, 6, width)
+        dim = 1 if sequence_parallel else None
+        for i, whole in enumerate(batches.x):
+            uses = [random(2, SEQUENCE, width, seed=100 * i + rank) for rank in range(size)]  # of one block, by different ranks
+            x, twin_x = batches.part(whole, dim).clone().requires_grad_(), whole.clone().requires_grad_()
+            y, expected = layer(x), twin(twin_x)
+            assert_close(y, expected[..., rows[me]], rtol=1e-5, atol=1e-5)
+            y.backward(uses[me])
+            sum((expected[..., rows[rank]] * uses[rank]).sum() for rank in range(size)).backward()
+            assert_close(x.grad, batches.part(twin_x.grad, dim), rtol=1e-5, atol=2e-5)
+        outside = torch.ones(width * blocks, dtype=torch.bool)
+        outside[rows[me]] = False
+        assert (local_part(layer.weight.grad)[outside] == 0).all(), "rows of other blocks have no gradient here"
+        assert len(partial_gradients(layer)) == (2 if bias else 1)
+        check_gradients(layer, twin, group)
+
+
+@on_ranks()
+def test_shared_blocks_must_divide_tp(mesh: Mesh) -> None:
+    with pytest.raises(ValueError, match=f"{mesh.tp_size + 1} blocks .* tp={mesh.tp_size}"):
+        SharedColumnLinear(6, 3 * (mesh.tp_size + 1), mesh.tp_size + 1, False, mesh.tp, CPU)
+
+
+# ---- row ---------------------------------------------------------------------------------------------------
+
+
+@on_ranks()
+def test_row_is_its_twin(mesh: Mesh) -> None:
+    for inputs, bias, (input_is_parallel, sequence_parallel) in product(
+        (8, 5), (True, False), ((True, False), (True, True), (False, False))
+    ):  # fmt: skip
+        twin = serial_linear(inputs, 6, bias)
+        layer = RowParallelLinear(
+            inputs, 6, bias, mesh.tp, CPU, input_is_parallel=input_is_parallel, sequence_parallel=sequence_parallel
+        )  # fmt: skip
+        check_linear(layer, twin, Batches(mesh, inputs, 6), -1 if input_is_parallel else None, 1 if sequence_parallel else None)
+        check_gradients(layer, twin, mesh.tp_group)
+
+
+@on_ranks("tp1", "tp2")
+def test_row_layer_refuses_an_unsplit_input_under_sequence_parallelism(mesh: Mesh) -> None:
+    with pytest.raises(ValueError, match="sequence_parallel needs input_is_parallel"):
+        RowParallelLinear(8, 6, True, mesh.tp, CPU, input_is_parallel=False, sequence_parallel=True)
+
+
+@on_ranks()
+def test_row_bias_counts_once(mesh: Mesh) -> None:
     """With nothing but a bias, the row layer's output is that bias on every rank, and its gradient the incoming one's sum."""
     layer = RowParallelLinear(8, 6, True, mesh.tp, CPU)
     fill(layer.weight, torch.zeros(6, 8))
@@ -95,46 +171,20 @@ def check_bias_counts_once(mesh) -> None:
     y = layer(part(random(4, 8, seed=2), -1, mesh.tp_size, mesh.tp_rank))
     assert_close(y, random(6, seed=1).expand(4, 6))
     y.backward(random(4, 6, seed=3))
-    assert_close(layer.bias.grad.to_local(), random(4, 6, seed=3).sum(0))
+    assert_close(local_part(layer.bias.grad), random(4, 6, seed=3).sum(0))
+    assert partial_gradients(layer) == [], "complete on every rank: a sum over tp would count it tp times"
 
 
-def check_embedding(mesh, vocabulary: int) -> None:
-    twin = nn.Embedding(vocabulary, 6)
-    twin.weight.data = random(vocabulary, 6, seed=1)
-    layer = VocabParallelEmbedding(vocabulary, 6, mesh.tp, CPU)
-    load(layer, twin)
-    drawn = torch.randint(vocabulary, (40,), generator=torch.Generator().manual_seed(2))
-    tokens = torch.cat((torch.arange(vocabulary), drawn)).view(-1, 1)  # every id, some of them again
-    if mesh.tp_size == 4 and vocabulary == 5:
-        assert (layer.start == layer.stop) == (mesh.tp_rank == 3), "the last of four ranks owns nothing of 5 rows"
-
-    y, expected = layer(tokens), twin(tokens)
-    assert_close(y, expected)
-    gradient = random(*y.shape, seed=3)
-    y.backward(gradient)
-    expected.backward(gradient)
-    check_gradients(layer, twin)
-
-
-def check_column_then_row(mesh) -> None:
-    """A split MLP: nothing is communicated between the two layers, one all-reduce forward and one backward."""
-    twins = serial_linear(6, 8, True), serial_linear(8, 6, True)
-    layers = ColumnParallelLinear(6, 8, True, mesh.tp, CPU), RowParallelLinear(8, 6, True, mesh.tp, CPU)
-    for layer, twin in zip(layers, twins, strict=True):
-        load(layer, twin)
-
-    def run(up: nn.Module, down: nn.Module, x: Tensor) -> Tensor:
-        return down(F.gelu(up(x)))
-
-    x, twin_x = (random(2, 3, 6, seed=3).requires_grad_() for _ in range(2))
-    with collectives() as forward:
-        y = run(*layers, x)
-    expected = run(*twins, twin_x)
-    assert_close(y, expected)
-    with collectives() as backward:
-        y.backward(random(2, 3, 6, seed=4))
-    expected.backward(random(2, 3, 6, seed=4))
-    assert_close(x.grad, twin_x.grad, rtol=1e-5, atol=1e-5)
-    for layer, twin in zip(layers, twins, strict=True):
-        check_gradients(layer, twin)
-    assert forward == backward == ({} if mesh.tp_size == 1 else {"allreduce": 1})
+@on_ranks()
+def test_row_bias_under_sequence_parallelism_is_summed_over_tp_once(mesh: Mesh) -> None:
+    """Each rank sees its run of the sequence: its bias gradient is that run's, and the sum over tp is the whole one."""
+    layer = RowParallelLinear(8, 6, True, mesh.tp, CPU, sequence_parallel=True)
+    fill(layer.weight, random(6, 8, seed=1))
+    fill(layer.bias, random(6, seed=2))
+    whole = random(2, SEQUENCE, 6, seed=4)
+    gradient = part(whole, 1, mesh.tp_size, mesh.tp_rank)
+    layer(part(random(2, SEQUENCE, 8, seed=3), -1, mesh.tp_size, mesh.tp_rank)).backward(gradient)
+    assert_close(local_part(layer.bias.grad), gradient.sum((0, 1)))
+    (partial,) = partial_gradients(layer)
+    assert partial.data_ptr() == local_part(layer.bias.grad).data_ptr()
+    assert_close(all_reduce(partial, mesh.tp_group), whole.sum((0, 1)))
