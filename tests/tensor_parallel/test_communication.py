@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
 from unittest import mock
 
 import torch
@@ -196,18 +195,6 @@ def check_owned(result: Tensor, x: Tensor) -> None:
 
 @contextmanager
 def library_calls() -> Iterator[None]:
-    """Gather and reduce-scatter by one call. gloo's wants the ranks' parts end to end, NCCL's takes them as a stack as well."""
-    gather, reduce_scatter = communication._all_gather_single, communication._reduce_scatter_single
-
-    def gather_end_to_end(parts: Tensor, x: Tensor, **kwargs: Any) -> Any:
-        return gather(parts.flatten(0, 1), x, **kwargs)
-
-    def reduce_scatter_end_to_end(total: Tensor, parts: Tensor, **kwargs: Any) -> Any:
-        return reduce_scatter(total, parts.flatten(0, 1), **kwargs)
-
-    with (
-        mock.patch.object(communication, "_by_exchange", return_value=False),
-        mock.patch.object(communication, "_all_gather_single", gather_end_to_end),
-        mock.patch.object(communication, "_reduce_scatter_single", reduce_scatter_end_to_end),
-    ):
+    """Gather and reduce-scatter by one call, as on NCCL."""
+    with mock.patch.object(communication, "_by_exchange", return_value=False):
         yield

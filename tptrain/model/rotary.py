@@ -26,6 +26,7 @@ def rotation(positions: Tensor, head_size: int, theta: float) -> Rotation:
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
-    """Turn the pairs of each head. x: [b, heads, s, d] -> the same, in x's dtype."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * turn.cos - second * turn.sin, second * turn.cos + first * turn.sin), dim=-1).to(x.dtype)
+    """Turn the pairs of each head. x: [b, heads, s, d] -> the same, in x's dtype, in memory as [b, s, heads, d]: what attention likes."""
+    cos, sin = (table.movedim(-3, -2) if table.ndim == 4 else table.unsqueeze(-2) for table in turn)
+    first, second = x.transpose(1, 2).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype).transpose(1, 2)

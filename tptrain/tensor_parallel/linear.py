@@ -59,7 +59,8 @@ def row_linear(x: Tensor, operand: Operand, group: dist.ProcessGroup, sequence_p
     Forward: all-reduce, or under sequence parallelism a reduce-scatter to [b, s/tp, out]; then the bias, once. Backward: no
     communication, or an all-gather of y's gradient.
     """
-    return _RowLinear.apply(x, operand, group, sequence_parallel and group.size() > 1, *_parameters([operand]))
+    partial = _RowProduct.apply(x, operand, operand.weight)
+    return _RowSum.apply(partial, operand, group, sequence_parallel and group.size() > 1, operand.bias)
 
 
 def _parameters(operands: Sequence[Operand]) -> list[Tensor]:
@@ -91,29 +92,43 @@ class _ColumnLinears(torch.autograd.Function):
         x_matrix = _matrix(gathering.wait() if gathering else x)
         for matrix, operand in zip(matrices, ctx.operands, strict=True):
             _add_gradients(operand, matrix, x_matrix)
-        return pending.wait() if pending else None, *_none(ctx)
+        return pending.wait() if pending else None, *(None for _ in ctx.needs_input_grad[1:])  # parameters' are added by hand
 
 
-class _RowLinear(torch.autograd.Function):
+class _RowProduct(torch.autograd.Function):
+    """The partial product alone: recomputation that has x again stops here, before the sum over ranks."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, operand: Operand, group: dist.ProcessGroup, sequence: bool, *_: Tensor) -> Tensor:
-        ctx.operand, ctx.group, ctx.sequence = operand, group, sequence
+    def forward(ctx: Any, x: Tensor, operand: Operand, _: Tensor) -> Tensor:
+        ctx.operand = operand
         ctx.save_for_backward(x)
-        partial = F.linear(x, operand.weight_values)
+        return F.linear(x, operand.weight_values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), operand, matrix = ctx.saved_tensors, ctx.operand, _matrix(grad)
+        x_grad = (matrix @ operand.weight_values).view(x.shape) if ctx.needs_input_grad[0] else None
+        add_product(operand.weight, matrix, _matrix(x), operand.rows)
+        return x_grad, None, None
+
+
+class _RowSum(torch.autograd.Function):
+    """The sum over ranks, then the bias."""
+
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, operand: Operand, group: dist.ProcessGroup, sequence: bool, _: Tensor | None) -> Tensor:
+        ctx.operand, ctx.group, ctx.sequence = operand, group, sequence
         y = _start_sum(partial, group, sequence).wait()
+        if y is partial:
+            ctx.mark_dirty(partial)
         return y if operand.bias_values is None else y.add_(operand.bias_values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        operand = ctx.operand
         gathering = _start_gather(grad, ctx.group) if ctx.sequence else None
-        if operand.bias is not None:  # of this rank's part of the sequence, if that is split
-            add_gradient(operand.bias, _matrix(grad).sum(0))
-        matrix = _matrix(gathering.wait() if gathering else grad)
-        x_grad = (matrix @ operand.weight_values).view(x.shape) if ctx.needs_input_grad[0] else None
-        add_product(operand.weight, matrix, _matrix(x), operand.rows)
-        return x_grad, *_none(ctx)
+        if ctx.operand.bias is not None:  # of this rank's part of the sequence, if that is split
+            add_gradient(ctx.operand.bias, _matrix(grad).sum(0))
+        return gathering.wait() if gathering else grad, None, None, None, None
 
 
 def _add_gradients(operand: Operand, y_grad: Tensor, x: Tensor) -> None:
@@ -136,8 +151,3 @@ def _start_sum(x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Pending:
 def _matrix(x: Tensor) -> Tensor:
     """[..., h] -> [n, h]."""
     return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
-
-
-def _none(ctx: Any) -> tuple[None, ...]:
-    """The gradients of everything but x: parameters' are added by hand."""
-    return (None,) * (len(ctx.needs_input_grad) - 1)

@@ -56,9 +56,9 @@ def dropout(x: Tensor, probability: float, stream: Stream | None, sequence_group
     if stream is None or probability == 0:
         return x
     if sequence_group is None:
-        return x * keep_mask(stream, x.shape, probability, x.device).to(x.dtype)
+        return (x * keep_mask(stream, x.shape, probability, x.device)).to(x.dtype)
     whole = torch.Size((x.shape[0], x.shape[1] * sequence_group.size(), *x.shape[2:]))
-    return x * split(keep_mask(stream, whole, probability, x.device), 1, sequence_group).to(x.dtype)
+    return (x * split(keep_mask(stream, whole, probability, x.device), 1, sequence_group)).to(x.dtype)
 
 
 def dropout_heads(x: Tensor, probability: float, stream: Stream | None, first_head: int) -> Tensor:
@@ -67,4 +67,4 @@ def dropout_heads(x: Tensor, probability: float, stream: Stream | None, first_he
         return x
     b, heads, *inner = x.shape
     masks = [keep_mask(stream.at(f"head {first_head + i}"), torch.Size((b, *inner)), probability, x.device) for i in range(heads)]
-    return x * torch.stack(masks, dim=1).to(x.dtype)
+    return (x * torch.stack(masks, dim=1)).to(x.dtype)
