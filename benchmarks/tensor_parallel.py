@@ -37,7 +37,8 @@ from tptrain.trainer import Trainer
 RANKS = 2
 TIMEOUT_SECONDS = 600
 CPU = torch.device("cpu")
-LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
+LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-3
+"""Relative. DTensor's norm adds the squares of millions of elements in fp32 on the CPU, which is off in the fourth digit; ours is not."""
 
 
 @dataclass(frozen=True)
