@@ -41,6 +41,9 @@ class _SwiGLU(torch.autograd.Function):
 class MLP(nn.Module):
     """down(activation(up(x))) with ffn_hidden_size/tp inner units on this rank. [b, s, h] -> [b, s, h].
 
+    An MLP treats each token alone, so under sequence parallelism the ranks' parts are put together in any order: in that of the
+    ranks (gather_dim=0), where they lie end to end in memory.
+
     activation: gelu of up, or with swiglu also of a gate. recompute: keep only what goes into it, see `recompute.py`.
     """
 
@@ -51,14 +54,14 @@ class MLP(nn.Module):
 
         def column() -> ColumnParallelLinear:
             return ColumnParallelLinear(
-                model.hidden_size, model.ffn_hidden_size, model.bias, tp, device, sequence_parallel=sequence_parallel
+                model.hidden_size, model.ffn_hidden_size, model.bias, tp, device, sequence_parallel=sequence_parallel, gather_dim=0
             )  # fmt: skip
 
         if model.activation == "swiglu":
             self.gate = column()
         self.up = column()
         self.down = RowParallelLinear(
-            model.ffn_hidden_size, model.hidden_size, model.bias, tp, device, sequence_parallel=sequence_parallel
+            model.ffn_hidden_size, model.hidden_size, model.bias, tp, device, sequence_parallel=sequence_parallel, gather_dim=0
         )  # fmt: skip
 
     @property

@@ -139,13 +139,12 @@ def _by_exchange(x: Tensor, sizes: Sequence[int]) -> bool:
     return x.device.type == "cpu" or len(set(sizes)) > 1
 
 
-def _exchange(leaving: Sequence[Tensor], arriving: Sequence[Tensor], group: dist.ProcessGroup) -> list[dist.Work]:
+def _exchange(leaving: Sequence[Tensor], arriving: Sequence[Tensor], group: dist.ProcessGroup) -> list[dist.Work | None]:
     """Start sending leaving[i] to rank i of the group and receiving arriving[i] from it, for all i but this rank."""
-    operations = []
-    for peer in range(group.size()):
-        if peer != group.rank():
-            if leaving[peer].numel():
-                operations.append(dist.P2POp(dist.isend, leaving[peer], group=group, group_peer=peer))
-            if arriving[peer].numel():
-                operations.append(dist.P2POp(dist.irecv, arriving[peer], group=group, group_peer=peer))
-    return dist.batch_isend_irecv(operations) if operations else []
+    peers = [peer for peer in range(group.size()) if peer != group.rank()]
+    if leaving[0].device.type == "cpu":  # gloo gains nothing from a batch, whose checks take as long as a small message
+        works = [dist.isend(leaving[peer], group=group, group_dst=peer) for peer in peers if leaving[peer].numel()]
+        return works + [dist.irecv(arriving[peer], group=group, group_src=peer) for peer in peers if arriving[peer].numel()]
+    operations = [dist.P2POp(dist.isend, leaving[peer], group=group, group_peer=peer) for peer in peers if leaving[peer].numel()]
+    operations += [dist.P2POp(dist.irecv, arriving[peer], group=group, group_peer=peer) for peer in peers if arriving[peer].numel()]
+    return list(dist.batch_isend_irecv(operations)) if operations else []

@@ -63,16 +63,16 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, vocabulary: Vocabulary, smoothing: float) -> Tensor:
         part = _Part.of(targets, vocabulary, logits.shape[1])
-        sums, exponents = _sum_up(logits, part)
+        sums, probabilities = _sum_up(logits, part, smoothing)
         loss, maximum, denominator = _join(sums, part, vocabulary, smoothing)
         ctx.part, ctx.vocabulary, ctx.smoothing, ctx.dtype, ctx.columns = part, vocabulary, smoothing, logits.dtype, logits.shape[1]
-        ctx.save_for_backward(exponents, (sums[0] - maximum).exp_() / denominator)
+        ctx.save_for_backward(probabilities, sums[1] * (sums[0] - maximum).exp_() / denominator)  # the part's share of the whole
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        exponents, to_probability = ctx.saved_tensors
-        result = _gradient(exponents, to_probability, grad, ctx.part, ctx.vocabulary, ctx.smoothing)
+        probabilities, share = ctx.saved_tensors
+        result = _gradient(probabilities, share, grad, ctx.part, ctx.vocabulary, ctx.smoothing)
         return _padded(result, ctx.columns).to(ctx.dtype), None, None, None
 
 
@@ -82,7 +82,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, head: Operand, targets: Tensor, vocabulary: Vocabulary, smoothing: float, chunk: int, _: Tensor
     ) -> Tensor:
         part = _Part.of(targets, vocabulary, head.weight_values.shape[0])
-        chunks = [_sum_up(x[rows] @ head.weight_values.t(), part.rows(rows))[0] for rows in _slices(len(x), chunk)]
+        chunks = [_sum_up(x[rows] @ head.weight_values.t(), part.rows(rows), smoothing)[0] for rows in _slices(len(x), chunk)]
         sums = [torch.cat(values) for values in zip(*chunks, strict=True)]
         loss, maximum, denominator = _join(sums, part, vocabulary, smoothing)
         ctx.part, ctx.vocabulary, ctx.smoothing, ctx.head, ctx.chunk = part, vocabulary, smoothing, head, chunk
@@ -132,21 +132,21 @@ class _Part:
         return _Part(self.width, self.column[rows], self.owned[rows], self.counted[rows])
 
 
-def _sum_up(logits: Tensor, part: _Part) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """What this rank knows of each token, fp32 [n] each: its maximum m, and its sums of exp(z - m), of z_t - m and of z - m.
+def _sum_up(logits: Tensor, part: _Part, smoothing: float) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """What this rank knows of each token, fp32 [n] each: its maximum m, and its sums of exp(z - m), of z_t - m and, for smoothing, z - m.
 
-    With it exp(z - m), fp32 [n, width], in memory of its own: the logits stay as they are.
+    With it the softmax over the part alone, fp32 [n, width], whose largest value is 1 over the sum of exp(z - m). The logits stay as
+    they are.
     """
     logits = logits[:, : part.width]
     if not part.width:  # m is small enough that the part counts for nothing, and finite, as 0 * inf would be no number
         zeros = logits.new_zeros(len(logits), dtype=torch.float32)
         return (torch.full_like(zeros, torch.finfo(torch.float32).min), zeros, zeros, zeros), logits.float()
     maximum = logits.amax(dim=1).float()
-    shifted = torch.sub(logits, maximum.unsqueeze(1))
-    target = shifted.gather(1, part.column.unsqueeze(1)).squeeze(1).masked_fill(~part.owned, 0)
-    total = shifted.sum(dim=1)
-    exponents = shifted.exp_()
-    return (maximum, exponents.sum(dim=1), target, total), exponents
+    probabilities = torch.softmax(logits, dim=1, dtype=torch.float32)
+    target = (logits.gather(1, part.column.unsqueeze(1)).squeeze(1) - maximum).masked_fill(~part.owned, 0)
+    total = (logits - maximum.unsqueeze(1)).sum(dim=1) if smoothing else torch.zeros_like(maximum)
+    return (maximum, 1 / probabilities.amax(dim=1), target, total), probabilities
 
 
 def _join(sums: Sequence[Tensor], part: _Part, vocabulary: Vocabulary, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,12 +167,10 @@ def _join(sums: Sequence[Tensor], part: _Part, vocabulary: Vocabulary, smoothing
     return loss.masked_fill_(~part.counted, 0), maximum, stacked[0]
 
 
-def _gradient(
-    exponents: Tensor, to_probability: Tensor, grad: Tensor, part: _Part, vocabulary: Vocabulary, smoothing: float
-) -> Tensor:  # fmt: skip
-    """The logits' gradient [n, width], written over `exponents`. to_probability: [n], what makes them probabilities."""
+def _gradient(values: Tensor, to_probability: Tensor, grad: Tensor, part: _Part, vocabulary: Vocabulary, smoothing: float) -> Tensor:
+    """The logits' gradient [n, width], written over `values`, which times to_probability [n] are the probabilities."""
     scale = grad * part.counted
-    result = exponents.mul_((to_probability * scale).unsqueeze(1))
+    result = values.mul_((to_probability * scale).unsqueeze(1))
     if part.width:
         result.scatter_add_(1, part.column.unsqueeze(1), ((smoothing - 1) * scale * part.owned).unsqueeze(1))
     if smoothing:

@@ -20,7 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from tptrain.tensor_parallel.collectives import gather_from_group, reduce_from_group, reduce_scatter_to_sequence, scatter_to_group
+from tptrain.tensor_parallel.collectives import (
+    SEQUENCE,
+    gather_from_group,
+    reduce_from_group,
+    reduce_scatter_to_sequence,
+    scatter_to_group,
+)
 from tptrain.tensor_parallel.communication import shard_bounds
 from tptrain.tensor_parallel.linear import Operand, column_linears, row_linear
 from tptrain.tensor_parallel.parameter import LabelledModule, existing_gradient, labelled_parameter
@@ -29,7 +35,8 @@ from tptrain.tensor_parallel.parameter import LabelledModule, existing_gradient,
 class ColumnParallelLinear(LabelledModule):
     """y = x W^T + b with the outputs split over tp. x: [..., in], equal on all ranks -> y: [..., out/tp].
 
-    gather_output: y is whole, [..., out], on every rank. sequence_parallel: x is [b, s/tp, in], this rank's part.
+    gather_output: y is whole, [..., out], on every rank. sequence_parallel: x is [b, s/tp, in], this rank's part. gather_dim: see
+    `column_linears`.
     Forward: no communication; all-gather with sequence_parallel; all-gather of y with gather_output. Backward: all-reduce of
     x's gradient; all-gather and reduce-scatter with sequence_parallel.
     """
@@ -46,10 +53,11 @@ class ColumnParallelLinear(LabelledModule):
         *,
         gather_output: bool = False,
         sequence_parallel: bool = False,
+        gather_dim: int = SEQUENCE,
     ) -> None:
         super().__init__()
         self.group, self.out_features = tp.get_group(), out_features
-        self.gather_output, self.sequence_parallel = gather_output, sequence_parallel
+        self.gather_output, self.sequence_parallel, self.gather_dim = gather_output, sequence_parallel, gather_dim
         self.row_start, _ = shard_bounds(out_features, tp.size(), tp.get_local_rank())
         self.make_parameters(in_features, out_features, bias, 0, tp, device)
 
@@ -101,7 +109,7 @@ class SharedColumnLinear(ColumnParallelLinear):
 def fan_out(x: Tensor, layers: Sequence[ColumnParallelLinear]) -> list[Tensor]:
     """The outputs of several column layers for one input: one collective in each direction serves them all."""
     first = layers[0]
-    outputs = column_linears(x, [layer.operand() for layer in layers], first.group, first.sequence_parallel)
+    outputs = column_linears(x, [layer.operand() for layer in layers], first.group, first.sequence_parallel, first.gather_dim)
     return [
         gather_from_group(y, layer.group, -1, layer.out_features) if layer.gather_output else y
         for y, layer in zip(outputs, layers, strict=True)
@@ -126,11 +134,13 @@ class RowParallelLinear(LabelledModule):
         *,
         input_is_parallel: bool = True,
         sequence_parallel: bool = False,
+        gather_dim: int = SEQUENCE,
     ) -> None:
         super().__init__()
         if sequence_parallel and not input_is_parallel:
             raise ValueError("sequence_parallel needs input_is_parallel: the whole of x is on no rank")
-        self.group, self.input_is_parallel, self.sequence_parallel = tp.get_group(), input_is_parallel, sequence_parallel
+        self.group, self.input_is_parallel = tp.get_group(), input_is_parallel
+        self.sequence_parallel, self.gather_dim = sequence_parallel, gather_dim
         self.weight = labelled_parameter((out_features, in_features), 1, tp, device)
         self.bias = labelled_parameter((out_features,), None, tp, device) if bias else None
         if sequence_parallel and bias:
@@ -140,7 +150,7 @@ class RowParallelLinear(LabelledModule):
         """x: [..., in/tp], or [..., in] without input_is_parallel -> [..., out]."""
         if not self.input_is_parallel:
             x = scatter_to_group(x, self.group)
-        return row_linear(x, _operand(self), self.group, self.sequence_parallel)
+        return row_linear(x, _operand(self), self.group, self.sequence_parallel, self.gather_dim)
 
 
 class VocabParallelEmbedding(LabelledModule):

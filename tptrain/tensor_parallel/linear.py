@@ -43,24 +43,31 @@ class Operand:
     """The rows of the weight's local part that `weight_values` are, where not all."""
 
 
-def column_linears(x: Tensor, operands: Sequence[Operand], group: dist.ProcessGroup, sequence_parallel: bool) -> tuple[Tensor, ...]:
+def column_linears(
+    x: Tensor, operands: Sequence[Operand], group: dist.ProcessGroup, sequence_parallel: bool, gather_dim: int = SEQUENCE
+) -> tuple[Tensor, ...]:
     """y_i = x W_i^T + b_i for layers whose outputs are split over `group`.
 
     x: [..., in], equal on all ranks; under sequence parallelism this rank's [b, s/tp, in]. Returns [..., out_i/tp] each.
+    gather_dim: where the ranks' parts of the sequence are put side by side: 1 gives [b, s, ...]; 0 gives [tp * b, s/tp, ...] and copies
+    nothing, for layers to which the order of tokens means nothing.
     Forward: no communication; sequence parallelism: one all-gather. Backward: one all-reduce of x's gradient, or a second
     all-gather of x (rather than keeping it) and a reduce-scatter of its gradient; both run under matrix products.
     """
-    return _ColumnLinears.apply(x, operands, group, sequence_parallel and group.size() > 1, *_parameters(operands))
+    dim = gather_dim if sequence_parallel and group.size() > 1 else None
+    return _ColumnLinears.apply(x, operands, group, dim, *_parameters(operands))
 
 
-def row_linear(x: Tensor, operand: Operand, group: dist.ProcessGroup, sequence_parallel: bool) -> Tensor:
+def row_linear(x: Tensor, operand: Operand, group: dist.ProcessGroup, sequence_parallel: bool, gather_dim: int = SEQUENCE) -> Tensor:
     """y = sum over ranks of (x W^T) + b, for a layer whose inputs are split over `group`. x: [..., in/tp] -> [..., out].
+
+    gather_dim: as the column layers before had it.
 
     Forward: all-reduce, or under sequence parallelism a reduce-scatter to [b, s/tp, out]; then the bias, once. Backward: no
     communication, or an all-gather of y's gradient.
     """
     partial = _RowProduct.apply(x, operand, operand.weight)
-    return _RowSum.apply(partial, operand, group, sequence_parallel and group.size() > 1, operand.bias)
+    return _RowSum.apply(partial, operand, group, gather_dim if sequence_parallel and group.size() > 1 else None, operand.bias)
 
 
 def _parameters(operands: Sequence[Operand]) -> list[Tensor]:
@@ -70,17 +77,17 @@ def _parameters(operands: Sequence[Operand]) -> list[Tensor]:
 
 class _ColumnLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, operands: Sequence[Operand], group: dist.ProcessGroup, sequence: bool, *_: Tensor) -> Any:
-        ctx.operands, ctx.group, ctx.sequence = operands, group, sequence
+    def forward(ctx: Any, x: Tensor, operands: Sequence[Operand], group: dist.ProcessGroup, dim: int | None, *_: Tensor) -> Any:
+        ctx.operands, ctx.group, ctx.dim = operands, group, dim
         ctx.save_for_backward(x)
-        if sequence:
-            x = _start_gather(x, group).wait()
+        if dim is not None:
+            x = _start_gather(x, dim, group).wait()
         return tuple(F.linear(x, operand.weight_values, operand.bias_values) for operand in operands)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        gathering = _start_gather(x, ctx.group) if ctx.sequence else None
+        gathering = _start_gather(x, ctx.dim, ctx.group) if ctx.dim is not None else None
         matrices = [_matrix(grad) for grad in grads]
         pending: Pending | None = None
         if ctx.needs_input_grad[0]:
@@ -88,7 +95,7 @@ class _ColumnLinears(torch.autograd.Function):
             for matrix, operand in zip(matrices[1:], ctx.operands[1:], strict=True):
                 x_grad.addmm_(matrix, operand.weight_values)
             x_grad = x_grad.view(*grads[0].shape[:-1], x_grad.shape[-1])
-            pending = _start_sum(x_grad, ctx.group, ctx.sequence)
+            pending = _start_sum(x_grad, ctx.dim, ctx.group)
         x_matrix = _matrix(gathering.wait() if gathering else x)
         for matrix, operand in zip(matrices, ctx.operands, strict=True):
             _add_gradients(operand, matrix, x_matrix)
@@ -116,16 +123,16 @@ class _RowSum(torch.autograd.Function):
     """The sum over ranks, then the bias."""
 
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, operand: Operand, group: dist.ProcessGroup, sequence: bool, _: Tensor | None) -> Tensor:
-        ctx.operand, ctx.group, ctx.sequence = operand, group, sequence
-        y = _start_sum(partial, group, sequence).wait()
+    def forward(ctx: Any, partial: Tensor, operand: Operand, group: dist.ProcessGroup, dim: int | None, _: Tensor | None) -> Tensor:
+        ctx.operand, ctx.group, ctx.dim = operand, group, dim
+        y = _start_sum(partial, dim, group).wait()
         if y is partial:
             ctx.mark_dirty(partial)
         return y if operand.bias_values is None else y.add_(operand.bias_values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gathering = _start_gather(grad, ctx.group) if ctx.sequence else None
+        gathering = _start_gather(grad, ctx.dim, ctx.group) if ctx.dim is not None else None
         if ctx.operand.bias is not None:  # of this rank's part of the sequence, if that is split
             add_gradient(ctx.operand.bias, _matrix(grad).sum(0))
         return gathering.wait() if gathering else grad, None, None, None, None
@@ -137,15 +144,15 @@ def _add_gradients(operand: Operand, y_grad: Tensor, x: Tensor) -> None:
         add_gradient(operand.bias, y_grad.sum(0), operand.rows)
 
 
-def _start_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
-    return start_all_gather(x, SEQUENCE, x.shape[SEQUENCE] * group.size(), group)
+def _start_gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Pending:
+    return start_all_gather(x, dim, x.shape[dim] * group.size(), group)
 
 
-def _start_sum(x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Pending:
-    """The sum of the ranks' `x`, given away, on all of them or each one's part of the sequence."""
+def _start_sum(x: Tensor, dim: int | None, group: dist.ProcessGroup) -> Pending:
+    """The sum of the ranks' `x`, given away: each one's part along `dim`, or with None all of it on all ranks."""
     if group.size() == 1:
         return Pending("sum", [], group, lambda: x)
-    return start_reduce_scatter(x, SEQUENCE, group) if sequence else start_all_reduce(x, group)
+    return start_all_reduce(x, group) if dim is None else start_reduce_scatter(x, dim, group)
 
 
 def _matrix(x: Tensor) -> Tensor:
