@@ -11,9 +11,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.model.plain_gpt import Drop, PlainGPT, copy_weights, our_name, plain_gpt
 from tests.support import small_config
@@ -106,22 +104,6 @@ def check_against_twin(mesh: Mesh, model: ModelConfig, execution: Execution = PL
         gradient = whole_gradient(stage.get_parameter(our_name(name)))
         assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{about} {n}: {text}")
     assert {our_name(name) for name, _ in twin.named_parameters()} == {name for name, _ in stage.named_parameters()}
-
-
-class operations(TorchDispatchMode):
-    """`with operations() as counts`: every operation on plain tensors by name, in forward and backward."""
-
-    def __enter__(self) -> dict[str, int]:
-        self.counts: dict[str, int] = {}
-        super().__enter__()
-        return self.counts
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if DTensor in types:
-            return NotImplemented
-        name = function.__name__.split(".")[0]
-        self.counts[name] = self.counts.get(name, 0) + 1
-        return function(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.model.plain_gpt import copy_weights, plain_gpt
-from tests.model.support import CPU, FAMILIES, batch, communications, operations, stage_like, sum_partial_gradients
+from tests.model.support import CPU, FAMILIES, batch, communications, stage_like, sum_partial_gradients
 from tests.ranks import run_ranks
-from tests.tensor_parallel.support import mesh_of, random
+from tests.tensor_parallel.support import mesh_of, operations, random
 from tptrain.config import ModelConfig
 from tptrain.mesh import Mesh
 from tptrain.model.gpt import Execution, GPTStage

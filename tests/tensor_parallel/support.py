@@ -178,8 +178,8 @@ def check_gradients(layer: nn.Module, twin: nn.Module, group: dist.ProcessGroup)
 # ---- watchers ----------------------------------------------------------------------------------------------
 
 
-class collectives(TorchDispatchMode):
-    """`with collectives() as counts`: every collective of the block by name, those of `torch.distributed` and DTensor's own."""
+class operations(TorchDispatchMode):
+    """`with operations() as counts`: every operation on plain tensors by name, in forward and backward."""
 
     def __enter__(self) -> dict[str, int]:
         self.counts: dict[str, int] = {}
@@ -189,10 +189,25 @@ class collectives(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented  # DTensor breaks it up first, and what it does to plain tensors arrives here
-        if function.namespace in ("c10d", "_c10d_functional") and not any(word in function.__name__ for word in ("wait", "_wrap_tensor")):
-            name = function.__name__.split(".")[0].rstrip("_")
+        name = self.name_of(function)
+        if name:
             self.counts[name] = self.counts.get(name, 0) + 1
         return function(*args, **(kwargs or {}))
+
+    def name_of(self, function: Any) -> str | None:
+        """What an operation is counted as; None: not at all."""
+        return function.__name__.split(".")[0]
+
+
+class collectives(operations):
+    """`with collectives() as counts`: every collective of the block by name, those of `torch.distributed` and DTensor's own."""
+
+    def name_of(self, function: Any) -> str | None:
+        """Of c10d's operations those that send."""
+        sends = function.namespace in ("c10d", "_c10d_functional") and not any(
+            word in function.__name__ for word in ("wait", "_wrap_tensor")
+        )
+        return function.__name__.split(".")[0].rstrip("_") if sends else None
 
 
 class results(TorchDispatchMode):
