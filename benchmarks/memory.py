@@ -89,7 +89,7 @@ def main() -> None:
         print(f"| {tp} | {' | '.join(sizes)} | {1 - result['memory'].sum() / first['memory'].sum():.1%} |")
     shown = [step for step in SHOWN_STEPS if step <= options.steps]
     print(
-        f"\n| tp | {' | '.join(f'step {step}' for step in shown)} | all sequences, at the end | under 0.05 from step | largest difference |"
+        f"\n| tp | {' | '.join(f'step {step}' for step in shown)} | all, at the end | below 0.05 from step | largest difference |"
     )
     print("|---" * (len(shown) + 4) + "|")
     for tp, result in results.items():
