@@ -88,9 +88,7 @@ def main() -> None:
         sizes = [f"{size / 2**20:.2f} MiB" for size in (*result["memory"], result["memory"].sum())]
         print(f"| {tp} | {' | '.join(sizes)} | {1 - result['memory'].sum() / first['memory'].sum():.1%} |")
     shown = [step for step in SHOWN_STEPS if step <= options.steps]
-    print(
-        f"\n| tp | {' | '.join(f'step {step}' for step in shown)} | all, at the end | below 0.05 from step | largest difference |"
-    )
+    print(f"\n| tp | {' | '.join(f'step {step}' for step in shown)} | all, at the end | below 0.05 from step | largest difference |")
     print("|---" * (len(shown) + 4) + "|")
     for tp, result in results.items():
         apart = max(abs(loss - twin) for loss, twin in zip(result["losses"], first["losses"], strict=True))
