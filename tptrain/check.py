@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from tptrain.config import Config
 from tptrain.data.store import TokenStore
-from tptrain.mesh import Mesh, build_mesh
+from tptrain.mesh import Mesh, build_mesh, own_device
 from tptrain.tensor_parallel.parameter import local_part
 from tptrain.trainer import Trainer
 from tptrain.verdict import TENSORS, UPDATE_LIMIT
@@ -140,7 +140,7 @@ def _run(
 
     after: called with the stage and the step when all has been seen of it.
     """
-    device = torch.device("cuda", torch.cuda.current_device()) if config.hardware.device == "cuda" else torch.device("cpu")
+    device = own_device(config.hardware.device)
     mesh = build_mesh(config.parallel, device, config.launch.timeout_seconds)
     store = TokenStore.open(store_dir)
     trainer = Trainer(config, mesh, store.train.tokens, store.val.tokens)

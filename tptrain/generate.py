@@ -17,7 +17,7 @@ from tptrain.data.text_stream import TextStream
 from tptrain.data.tokenizers import ByteTokenizer, load_tokenizer
 from tptrain.generate_config import GenerateConfig
 from tptrain.job import Job
-from tptrain.mesh import Mesh, build_mesh
+from tptrain.mesh import Mesh, build_mesh, own_device
 from tptrain.model.decode import Decoder
 from tptrain.model.gpt import GPTStage
 from tptrain.sampling import Chooser, Sampling, continuations
@@ -33,7 +33,7 @@ def generate(config: GenerateConfig) -> dict[str, float]:
 
     config: with checkpoint.load a path, and max_new_tokens a number. Returns the tokens generated and the seconds it took.
     """
-    device = torch.device("cuda", torch.cuda.current_device()) if config.hardware.device == "cuda" else torch.device("cpu")
+    device = own_device(config.hardware.device)
     trained: Config = Job.load("train", Path(config.run), Path(config.run)).config
     layout = replace(trained.parallel, tp=config.parallel.tp, pp=1, dp=1)
     mesh = build_mesh(layout, device, config.launch.timeout_seconds)

@@ -83,6 +83,11 @@ class Mesh:
         return len(self.pp_ranks)
 
 
+def own_device(kind: str) -> torch.device:
+    """This rank's device by a settled `hardware.device`: cpu, or the GPU that it was given."""
+    return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+
+
 def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: float) -> Mesh:
     """Make the groups of a resolved layout. Every rank of the job calls this, in the same order.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tptrain.model.decode import Decoder, left_padded
 from tptrain.tensor_parallel.broadcast import broadcast_from_first
-from tptrain.tensor_parallel.communication import start_all_gather
+from tptrain.tensor_parallel.collectives import gather_from_group
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Chooser:
 
 def whole_logits(part: Tensor, vocab_size: int, group: dist.ProcessGroup) -> Tensor:
     """The whole vocabulary's logits, [b, vocab], from each rank's part [b, vocab/tp]. Forward: all-gather. Backward: none."""
-    return part if group.size() == 1 else start_all_gather(part, -1, vocab_size, group).wait()
+    return gather_from_group(part, group, -1, vocab_size)
 
 
 def continuations(

@@ -14,7 +14,7 @@ from tptrain.checkpoint.sharded import load, save
 from tptrain.config import Config
 from tptrain.data.store import TokenStore
 from tptrain.data.tokenizers import load_tokenizer
-from tptrain.mesh import build_mesh
+from tptrain.mesh import build_mesh, own_device
 from tptrain.monitor.peak_memory import reset_peak_memory
 from tptrain.monitor.step_timer import StepTimer
 from tptrain.report import Report
@@ -28,7 +28,7 @@ def train(config: Config, run_dir: Path, store_dir: Path) -> float | None:
     """
     began = time.perf_counter()
     reset_peak_memory()
-    device = torch.device("cuda", torch.cuda.current_device()) if config.hardware.device == "cuda" else torch.device("cpu")
+    device = own_device(config.hardware.device)
     mesh = build_mesh(config.parallel, device, config.launch.timeout_seconds)
     store = TokenStore.open(store_dir)
     trainer = Trainer(config, mesh, store.train.tokens, store.val.tokens)

@@ -29,6 +29,7 @@ from tptrain.pipeline.schedules import SCHEDULES, forward_only, with_transfers
 from tptrain.pipeline.transfer import Transfer
 from tptrain.pipeline.validate import validate
 from tptrain.tensor_parallel.broadcast import broadcast_from_first
+from tptrain.tensor_parallel.collectives import gather_from_group
 from tptrain.tensor_parallel.communication import all_reduce_flat
 from tptrain.tensor_parallel.cross_entropy import IGNORE_INDEX
 from tptrain.tensor_parallel.parameter import compute_in, drop_copies, local_part, partial_gradients
@@ -210,7 +211,8 @@ class Trainer:
             outputs = self._engine(1, context.shape[1]).infer(actions, [context], None)
             following = torch.zeros((), dtype=torch.int64, device=self.mesh.device)
             if outputs:
-                probabilities = (self._whole_logits(outputs[0][0, last]) / temperature).softmax(0).cpu()
+                logits = gather_from_group(outputs[0][0, last].float(), self.mesh.tp_group, -1, self.config.model.vocab_size)
+                probabilities = (logits / temperature).softmax(0).cpu()
                 following += torch.multinomial(probabilities, 1, generator=generator).item()
             if self.mesh.pp_size > 1:
                 dist.broadcast(following, self.mesh.pp_ranks[-1], group=self.mesh.pp_forward)
@@ -220,15 +222,6 @@ class Trainer:
         self.data_parallel.release()
         self.stage.train()
         return tokens[len(prompt) :]
-
-    def _whole_logits(self, part: Tensor) -> Tensor:
-        """One token's logits over the whole vocabulary, fp32 [vocab], from each tp rank's part."""
-        whole = torch.zeros(self.config.model.vocab_size, device=self.mesh.device)
-        start = self.stage.vocab_start
-        whole[start : start + part.shape[0]] = part.float()
-        if self.mesh.tp_size > 1:
-            dist.all_reduce(whole, group=self.mesh.tp_group)
-        return whole
 
     # ---- batches -------------------------------------------------------------------------------------------
 

@@ -47,8 +47,8 @@ class Attention(nn.Module):
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
         if self.dropout and stream is not None:
-            attend = remade if self.recompute else _call
-            y = attend(self.attend_with_dropout, q, k, v, stream)
+            attend = self.attend_with_dropout
+            y = remade(attend, q, k, v, stream) if self.recompute else attend(q, k, v, stream)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return self.out(y.transpose(1, 2).flatten(2))  # [b, heads/tp, s, d] -> [b, s, h/tp]
@@ -65,7 +65,3 @@ class Attention(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         """[b, s, heads/tp * d] -> [b, heads/tp, s, d]."""
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-
-
-def _call(function, *arguments):  # type: ignore[no-untyped-def]
-    return function(*arguments)

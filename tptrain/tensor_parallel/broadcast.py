@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tptrain.tensor_parallel.communication import in_one_buffer
 
 
 def broadcast_from_first(batch: Sequence[Tensor], group: dist.ProcessGroup) -> None:
@@ -14,11 +15,5 @@ def broadcast_from_first(batch: Sequence[Tensor], group: dist.ProcessGroup) -> N
 
     One flat message a dtype. Not differentiable.
     """
-    if group.size() == 1:
-        return
-    for dtype in sorted({tensor.dtype for tensor in batch}, key=str):
-        mine = [tensor for tensor in batch if tensor.dtype == dtype]
-        flat = torch.cat([tensor.reshape(-1) for tensor in mine])
-        dist.broadcast(flat, group_src=0, group=group)
-        for tensor, received in zip(mine, flat.split([tensor.numel() for tensor in mine]), strict=True):
-            tensor.copy_(received.view_as(tensor))
+    if group.size() > 1:
+        in_one_buffer(batch, lambda flat: dist.broadcast(flat, group_src=0, group=group))

@@ -127,12 +127,17 @@ def start_reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Pendi
 
 def all_reduce_flat(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Sum each of many small tensors over the group, in place: one message a dtype rather than one a tensor."""
+    in_one_buffer(tensors, lambda flat: start_all_reduce(flat, group).wait())
+
+
+def in_one_buffer(tensors: Sequence[Tensor], communicate: Callable[[Tensor], object]) -> None:
+    """Have `communicate` change, in place, one flat buffer a dtype that holds all of the tensors, and write it back to them."""
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
         mine = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.reshape(-1) for tensor in mine])
-        flat = start_all_reduce(flat, group).wait()
-        for tensor, total in zip(mine, flat.split([tensor.numel() for tensor in mine]), strict=True):
-            tensor.copy_(total.view_as(tensor))
+        communicate(flat)
+        for tensor, part in zip(mine, flat.split([tensor.numel() for tensor in mine]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def _by_exchange(x: Tensor, sizes: Sequence[int]) -> bool:
