@@ -33,7 +33,7 @@ def small_config(**changes: Any) -> Config:
         ),
         parallel=ParallelConfig(
             tp=1, pp=1, dp=1, sequence_parallel=False, micro_batch_size=2, micro_batches=4, schedule="1f1b",
-            stages_per_rank=1, recompute="none",
+            stages_per_rank="auto", recompute="none",
         ),
         train=TrainConfig(
             max_steps=20, precision="fp32", global_batch_size=8, log_every=1, eval_every=0, eval_steps=2, compile=False,

@@ -65,7 +65,8 @@ def test_resolving_leaves_the_argument_alone() -> None:
         ({"optimizer__lr": float("nan")}, None, None, "optimizer.lr=nan is below 0: use 0 or more"),
         ({"optimizer__betas": [0.9]}, None, None, "optimizer.betas=[0.9] is not two numbers from 0 up to 1: use [0.9,0.95]"),
         ({"parallel__dp": "two"}, None, None, "parallel.dp=two is neither auto nor a positive integer: use auto, 1, 2, ..."),
-        ({"parallel__schedule": "1f2b"}, None, None, "parallel.schedule=1f2b is unknown: use one of gpipe, 1f1b"),
+        ({"parallel__schedule": "1f2b"}, None, None, "parallel.schedule=1f2b is unknown: use one of gpipe, 1f1b, interleaved, zb_h1, zb_v, "
+             "or the path of a file that ends in .txt"),
         ({"parallel__recompute": "some"}, None, None, "parallel.recompute=some is unknown: use one of none, selective, full"),
         ({"train__compile": True}, None, None, "train.compile=true is not available: use false"),
         ({"model__num_kv_heads": 3}, None, None, "model.num_kv_heads=3 does not divide model.num_heads=4: use 1, 2 or 4"),

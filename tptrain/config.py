@@ -87,12 +87,24 @@ class ParallelConfig:
     micro_batches: int
     """Micro-batches a step on each data-parallel rank."""
     schedule: str
-    """Pipeline schedule: gpipe or 1f1b."""
-    stages_per_rank: int
-    """Virtual stages a pipeline rank holds."""
+    """Pipeline schedule: gpipe, 1f1b, interleaved, zb_h1, zb_v, or the path of a file (.txt) that holds one, a line a rank."""
+    stages_per_rank: int | str
+    """Stages a pipeline rank holds, or auto: 2 with interleaved and zb_v, else 1."""
     recompute: str
     """Activations made again in backward rather than kept: none, selective (norms, activation functions, dropped attention), or
     full (all of a block but its input)."""
+    partition: Any = "balanced"
+    """Layers of each stage: balanced (by FLOPs, the head counted), even, or a list such as [6,7,7,4], first stage first."""
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the whole pipeline, of a resolved config."""
+        return self.pp * int(self.stages_per_rank)
+
+    @property
+    def schedule_is_file(self) -> bool:
+        """Whether `schedule` is the path of a file."""
+        return self.schedule.endswith(".txt")
 
 
 @dataclass
@@ -121,6 +133,8 @@ class TrainConfig:
     """Folder with weights to start from."""
     sample_tokens: int
     """Tokens that the trained model writes at the end of the run; 0 means none."""
+    trace_steps: list[int] = field(default_factory=list)
+    """Steps whose timeline is kept in traces/: what each rank computed when."""
 
 
 @dataclass
@@ -288,8 +302,11 @@ def resolve(config: Config, started: int | None = None, devices: int | None = No
     config = copy.deepcopy(config)
     _check_values(config)
     _resolve_layout(config.parallel, started, devices)
+    _resolve_stages(config.parallel)
     _check_model(config)
+    _check_partition(config)
     _resolve_batch(config)
+    _check_micro_batches(config.parallel)
     return config
 
 
@@ -358,12 +375,55 @@ def _check_model(config: Config) -> None:
                      f"use {low or parallel.tp} or parallel.sequence_parallel=false")  # fmt: skip
     if parallel.tp > model.vocab_size:
         raise refuse("parallel.tp", parallel.tp, f"is more than model.vocab_size={model.vocab_size}", f"use at most {model.vocab_size}")
-    if parallel.pp > model.num_layers:
-        raise refuse("parallel.pp", parallel.pp, f"needs a layer a stage, but model.num_layers={model.num_layers}",
-                     f"use parallel.pp={model.num_layers} or less, or model.num_layers={parallel.pp} or more")  # fmt: skip
+    if parallel.num_stages > model.num_layers:
+        each = int(parallel.stages_per_rank)
+        stages = f"x parallel.stages_per_rank={each} " * (each > 1)
+        remedy = f"use parallel.pp={model.num_layers // each} or less, or " if model.num_layers >= each else "use "
+        raise refuse("parallel.pp", parallel.pp, f"{stages}needs a layer a stage, but model.num_layers={model.num_layers}",
+                     f"{remedy}model.num_layers={parallel.num_stages} or more")  # fmt: skip
     if config.data.seq_len > model.max_seq_len:
         raise refuse("data.seq_len", config.data.seq_len, f"is over model.max_seq_len={model.max_seq_len}",
                      f"use data.seq_len={model.max_seq_len} or less, or a larger model.max_seq_len")  # fmt: skip
+
+
+def _resolve_stages(parallel: ParallelConfig) -> None:
+    """Turn stages_per_rank=auto into a number and compare it with the schedule."""
+    name, given = parallel.schedule, parallel.stages_per_rank
+    if name not in _STAGES_PER_RANK and not parallel.schedule_is_file:
+        names = ", ".join(_STAGES_PER_RANK)
+        raise refuse("parallel.schedule", name, "is unknown", f"use one of {names}, or the path of a file that ends in .txt")
+    needed = _STAGES_PER_RANK.get(name)
+    if given == "auto":
+        parallel.stages_per_rank = needed or (2 if name == "interleaved" else 1)
+    elif needed is not None and given != needed:
+        fitting = [other for other, stages in _STAGES_PER_RANK.items() if stages in (None, given)]
+        rule = f"does not fit parallel.schedule={name}, which has {needed} stage{'s' * (needed > 1)} a rank"
+        raise refuse("parallel.stages_per_rank", given, rule, f"use {needed} or auto, or parallel.schedule={' or '.join(fitting)}")
+
+
+def _check_partition(config: Config) -> None:
+    """Whether a list of layers a stage fits the stages and the layers."""
+    sizes, stages, layers = config.parallel.partition, config.parallel.num_stages, config.model.num_layers
+    if sizes in ("balanced", "even"):
+        return
+    is_list = isinstance(sizes, list) and all(isinstance(size, int) and size >= 1 for size in sizes)
+    if not is_list or len(sizes) != stages or sum(sizes) != layers:
+        rule = f"is not {stages} number{'s' * (stages > 1)} of layers, 1 or more each, that sum to model.num_layers={layers}"
+        example = [layers // stages + (stage < layers % stages) for stage in range(stages)]
+        raise refuse("parallel.partition", sizes, rule, f"use balanced, even or {_text(example)}")
+
+
+def _check_micro_batches(parallel: ParallelConfig) -> None:
+    """Whether the schedule can take the number of micro-batches."""
+
+    def fits(number: int) -> bool:
+        return number % max(1, number // parallel.pp) == 0
+
+    number = parallel.micro_batches
+    if parallel.schedule == "interleaved" and not fits(number):
+        rule = f"does not fall into equal groups of at least parallel.pp={parallel.pp}, as parallel.schedule=interleaved asks"
+        good = _near([other for other in range(1, 2 * number) if fits(other)], number, 4)
+        raise refuse("parallel.micro_batches", number, rule, f"use {good}, or another schedule")
 
 
 def _resolve_batch(config: Config) -> None:
@@ -388,8 +448,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "model.position": ("learned", "rope"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.activation": ("gelu", "swiglu"),
-    "parallel.schedule": ("gpipe", "1f1b"),
-    "parallel.stages_per_rank": (1,),
     "parallel.recompute": ("none", "selective", "full"),
     "train.precision": ("fp32", "bf16"),
     "train.compile": (False,),
@@ -422,7 +480,9 @@ _ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "optimizer.eps", "launch.ti
 _ABOVE_ZERO_OR_NULL = ("optimizer.grad_clip", "hardware.peak_flops_per_second")
 _AT_MOST_ONE = ("lr_schedule.min_lr_ratio",)
 _BELOW_ONE = ("data.val_fraction", "optimizer.momentum", "model.dropout", "train.label_smoothing")
-_INT_OR_AUTO = ("parallel.dp", "launch.threads_per_rank")
+_INT_OR_AUTO = ("parallel.dp", "parallel.stages_per_rank", "launch.threads_per_rank")
+_STAGES_PER_RANK: dict[str, int | None] = {"gpipe": None, "1f1b": 1, "interleaved": None, "zb_h1": 1, "zb_v": 2}
+"""For each schedule that has a name, the stages that a rank must hold; None: any number."""
 
 
 def _check_values(config: Config) -> None:
@@ -451,6 +511,8 @@ def _check_values(config: Config) -> None:
         value = _get(config, key)
         if value != "auto" and not (isinstance(value, int) and value >= 1):
             raise refuse(key, value, "is neither auto nor a positive integer", "use auto, 1, 2, ...")
+    if not all(step >= 1 for step in config.train.trace_steps):
+        raise refuse("train.trace_steps", config.train.trace_steps, "has a step below 1", "use a list of steps such as [5], or []")
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise refuse("optimizer.betas", betas, "is not two numbers from 0 up to 1", "use [0.9,0.95]")

@@ -23,7 +23,9 @@ class Kind(Enum):
     """What an action does, for one stage s and one micro-batch."""
 
     FORWARD = "F"
-    BACKWARD = "B"
+    BACKWARD = "B"  # both of the next two, as one
+    INPUT_GRADIENT = "I"  # what the stage before waits for; leaves the weight gradients to do
+    WEIGHT_GRADIENT = "W"  # does them
     SEND_ACTIVATION = "SF"  # s -> s + 1
     RECEIVE_ACTIVATION = "RF"  # s <- s - 1
     SEND_GRADIENT = "SB"  # s -> s - 1
