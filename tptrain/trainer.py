@@ -23,9 +23,10 @@ from tptrain.model.init import initialise
 from tptrain.optim.grad_norm import clip_scale, scale_gradients, squared_norm
 from tptrain.optim.lr_schedules import learning_rate
 from tptrain.optim.optimizers import build_optimizer, set_lr
+from tptrain.pipeline.actions import with_transfers
 from tptrain.pipeline.engine import PipelineEngine
 from tptrain.pipeline.partition import even_partition
-from tptrain.pipeline.schedules import SCHEDULES, forward_only, with_transfers
+from tptrain.pipeline.schedules import SCHEDULES, forward_only
 from tptrain.pipeline.transfer import Transfer
 from tptrain.pipeline.validate import validate
 from tptrain.tensor_parallel.broadcast import broadcast_from_first
@@ -80,7 +81,7 @@ class Trainer:
         self.data_parallel = DataParallel(self.stage, list(self.stage.layers.values()), mesh, self.dtype)
         self.optimizer = build_optimizer(config.optimizer, self.stage)
 
-        schedule = with_transfers(SCHEDULES[parallel.schedule](mesh.pp_size, parallel.micro_batches))
+        schedule = with_transfers(SCHEDULES[parallel.schedule](mesh.pp_size, 1, parallel.micro_batches))
         validate(schedule, parallel.micro_batches)
         self.actions = schedule[mesh.pp_rank]
         self.engine = self._engine(parallel.micro_batch_size, config.data.seq_len)
@@ -177,7 +178,7 @@ class Trainer:
     def evaluate(self) -> float:
         """Mean loss in nats a token over eval_steps global batches of the validation data, or all of it: always the same samples."""
         parallel, batch = self.config.parallel, self.config.batch_size
-        actions = with_transfers(forward_only(self.mesh.pp_size, parallel.micro_batches))[self.mesh.pp_rank]
+        actions = with_transfers(forward_only(range(self.mesh.pp_size), parallel.micro_batches))[self.mesh.pp_rank]
         totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         assert self.val_data is not None, "train.eval_steps is 0"
         drop_copies(self.stage)
@@ -202,7 +203,7 @@ class Trainer:
         self.stage.eval()
         generator = torch.Generator().manual_seed(self.config.seed)
         tokens = list(prompt)
-        actions = with_transfers(forward_only(self.mesh.pp_size, 1))[self.mesh.pp_rank]
+        actions = with_transfers(forward_only(range(self.mesh.pp_size), 1))[self.mesh.pp_rank]
         while len(tokens) < len(prompt) + count:
             context = torch.tensor([tokens[-self.config.data.seq_len :]], device=self.mesh.device)
             last = context.shape[1] - 1

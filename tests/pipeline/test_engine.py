@@ -13,8 +13,9 @@ from torch.testing import assert_close
 
 from tests.ranks import run_ranks
 from tests.tensor_parallel.support import mesh_of, random
+from tptrain.pipeline.actions import with_transfers
 from tptrain.pipeline.engine import PipelineEngine
-from tptrain.pipeline.schedules import SCHEDULES, forward_only, with_transfers
+from tptrain.pipeline.schedules import SCHEDULES, forward_only
 from tptrain.pipeline.transfer import Transfer
 
 ROWS, WIDTH = 3, 5
@@ -117,7 +118,7 @@ def check_all(rank: int) -> None:
 def check_training(mesh, name: str, m: int) -> None:
     s, p = mesh.pp_rank, mesh.pp_size
     engine, stage = engine_of(mesh)
-    actions = with_transfers(SCHEDULES[name](p, m))[s]
+    actions = with_transfers(SCHEDULES[name](p, 1, m))[s]
     inputs, targets = micro_batches(m)
     asked: list[bool] = []
     live_before_backward: list[int] = []
@@ -151,7 +152,7 @@ def check_training(mesh, name: str, m: int) -> None:
 
 def check_two_steps_accumulate(mesh) -> None:
     engine, stage = engine_of(mesh)
-    actions = with_transfers(SCHEDULES["1f1b"](mesh.pp_size, 3))[mesh.pp_rank]
+    actions = with_transfers(SCHEDULES["1f1b"](mesh.pp_size, 1, 3))[mesh.pp_rank]
     losses = [engine.train(actions, *micro_batches(3), SCALE, lambda is_last: None) for _ in range(2)]
     parts, _, _ = serial(mesh.pp_size, 3)
     assert losses[0].equal(losses[1])
@@ -161,7 +162,7 @@ def check_two_steps_accumulate(mesh) -> None:
 def check_inference(mesh, m: int) -> None:
     s, p = mesh.pp_rank, mesh.pp_size
     engine, stage = engine_of(mesh)
-    actions = with_transfers(forward_only(p, m))[s]
+    actions = with_transfers(forward_only(range(p), m))[s]
     inputs, targets = micro_batches(m)
     _, total, expected = serial(p, m)
     for given in (None, targets):
@@ -186,7 +187,7 @@ def test_training_goes_on_where_inference_stopped() -> None:
     transfer: Any = SimpleNamespace(mesh=SimpleNamespace(device=torch.device("cpu")), flush=lambda: None)
     engine = PipelineEngine(ToyStage(0, 1), 0, 1, transfer)
     x, target = micro_batches(1)
-    training, evaluation = SCHEDULES["1f1b"](1, 1)[0], forward_only(1, 1)[0]
+    training, evaluation = SCHEDULES["1f1b"](1, 1, 1)[0], forward_only(range(1), 1)[0]
     first = engine.train(training, x, target, SCALE, lambda is_last: None)
     (evaluated,) = engine.infer(evaluation, x, target)
     again = engine.train(training, x, target, SCALE, lambda is_last: None)

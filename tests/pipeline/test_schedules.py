@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tptrain.pipeline.schedules import SCHEDULES, Action, Kind, Schedule, forward_only, gpipe, one_forward_one_backward, with_transfers
+from tptrain.pipeline.actions import Action, Kind, Schedule, with_transfers
+from tptrain.pipeline.schedules import SCHEDULES, forward_only, gpipe, one_forward_one_backward
 from tptrain.pipeline.validate import validate
 
 SIZES = [(p, m) for p in range(1, 9) for m in range(1, 13)]  # fewer micro-batches than stages, as many, and more
@@ -20,7 +21,7 @@ def peak(name: str, p: int, m: int, s: int) -> int:
 
 
 def check(name: str, p: int, m: int) -> None:
-    computations = SCHEDULES[name](p, m)
+    computations = SCHEDULES[name](p, 1, m)
     expected = Counter(Action(kind, s, i) for kind in (Kind.FORWARD, Kind.BACKWARD) for s in range(p) for i in range(m))
     assert Counter(action for rank in computations for action in rank) == expected, "each computation once, and nothing else"
     assert all(action.stage == rank for rank, actions in enumerate(computations) for action in actions)
@@ -55,28 +56,28 @@ def words(actions: list[Action]) -> str:
 
 def test_1f1b_is_the_paper_s() -> None:
     """Narayanan et al. 2021, figure 4 (top), four stages, eight micro-batches counted from 0."""
-    schedule = one_forward_one_backward(4, 8)
+    schedule = one_forward_one_backward(4, 1, 8)
     assert words(schedule[0]) == "F0 F1 F2 F3 B0 F4 B1 F5 B2 F6 B3 F7 B4 B5 B6 B7"
     assert words(schedule[2]) == "F0 F1 B0 F2 B1 F3 B2 F4 B3 F5 B4 F6 B5 F7 B6 B7"
     assert words(schedule[3]) == "F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5 F6 B6 F7 B7"
 
 
 def test_1f1b_with_few_micro_batches() -> None:
-    assert [words(actions) for actions in one_forward_one_backward(4, 2)] == ["F0 F1 B0 B1"] * 3 + ["F0 B0 F1 B1"]
-    assert [words(actions) for actions in one_forward_one_backward(3, 1)] == ["F0 B0"] * 3
-    assert [words(actions) for actions in one_forward_one_backward(1, 3)] == ["F0 B0 F1 B1 F2 B2"]
+    assert [words(actions) for actions in one_forward_one_backward(4, 1, 2)] == ["F0 F1 B0 B1"] * 3 + ["F0 B0 F1 B1"]
+    assert [words(actions) for actions in one_forward_one_backward(3, 1, 1)] == ["F0 B0"] * 3
+    assert [words(actions) for actions in one_forward_one_backward(1, 1, 3)] == ["F0 B0 F1 B1 F2 B2"]
 
 
 def test_gpipe_is_the_paper_s() -> None:
-    assert [words(actions) for actions in gpipe(2, 3)] == ["F0 F1 F2 B0 B1 B2"] * 2
-    assert [words(actions) for actions in forward_only(2, 3)] == ["F0 F1 F2"] * 2
+    assert [words(actions) for actions in gpipe(2, 1, 3)] == ["F0 F1 F2 B0 B1 B2"] * 2
+    assert [words(actions) for actions in forward_only(range(2), 3)] == ["F0 F1 F2"] * 2
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_time_is_the_papers_formula(name: str) -> None:
     """(m + p - 1) forwards and backwards long: a bubble of p - 1 of each, with a backward twice as long as a forward."""
     for p, m in SIZES:
-        assert finish_time(SCHEDULES[name](p, m), forward=1, backward=2) == (m + p - 1) * 3, (p, m)
+        assert finish_time(SCHEDULES[name](p, 1, m), forward=1, backward=2) == (m + p - 1) * 3, (p, m)
 
 
 def finish_time(schedule: Schedule, forward: int, backward: int) -> int:
@@ -104,10 +105,10 @@ def finish_time(schedule: Schedule, forward: int, backward: int) -> int:
 
 def test_transfers_surround_their_computations() -> None:
     """Sent as soon as made; received one computation ahead, so that the transfer runs beside it. 1f1b, two stages, two micro-batches."""
-    first, second = with_transfers(one_forward_one_backward(2, 2))
+    first, second = with_transfers(one_forward_one_backward(2, 1, 2))
     assert words(first) == "F0 SF0 RB0 F1 SF1 RB1 B0 B1"
     assert words(second) == "RF0 F0 RF1 B0 SB0 F1 B1 SB1"
-    assert [words(actions) for actions in with_transfers(gpipe(1, 2))] == ["F0 F1 B0 B1"], "one stage talks to nobody"
+    assert [words(actions) for actions in with_transfers(gpipe(1, 1, 2))] == ["F0 F1 B0 B1"], "one stage talks to nobody"
     assert str(Action(Kind.SEND_GRADIENT, 3, 11)) == "3SB11"
 
 
@@ -115,7 +116,7 @@ def test_transfers_surround_their_computations() -> None:
 def test_each_transfer_has_its_other_half(name: str) -> None:
     for p, m in SIZES:
         training = name != "forward_only"
-        schedule = with_transfers(SCHEDULES[name](p, m) if training else forward_only(p, m))
+        schedule = with_transfers(SCHEDULES[name](p, 1, m) if training else forward_only(range(p), m))
         counted = Counter(action for actions in schedule for action in actions)
         for i in range(m):
             for s in range(p - 1):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from tests.tensor_parallel.support import mesh_of, random
-from tptrain.pipeline.schedules import Action, Kind
+from tptrain.pipeline.actions import Action, Kind
 from tptrain.pipeline.transfer import Transfer, TransferError
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tptrain.pipeline.schedules import Action, Kind, Schedule, forward_only, gpipe, one_forward_one_backward, with_transfers
-from tptrain.pipeline.validate import ScheduleError, validate
+from tptrain.pipeline.actions import Action, Kind, Schedule, ScheduleError, with_transfers
+from tptrain.pipeline.schedules import forward_only, gpipe, one_forward_one_backward
+from tptrain.pipeline.validate import validate
 
 KINDS = {kind.value: kind for kind in Kind}
 
@@ -23,7 +24,7 @@ def schedule_of(*ranks: str) -> Schedule:
     return [[parse(word) for word in rank.split()] for rank in ranks]
 
 
-# Two stages, two micro-batches, as with_transfers(one_forward_one_backward(2, 2)) makes them.
+# Two stages, two micro-batches, as with_transfers(one_forward_one_backward(2, 1, 2)) makes them.
 FIRST = "0F0 0SF0 0RB0 0F1 0SF1 0RB1 0B0 0B1"
 SECOND = "1RF0 1F0 1RF1 1B0 1SB0 1F1 1B1 1SB1"
 
@@ -59,7 +60,7 @@ BROKEN = {
 
 def test_what_the_corpus_is_made_from_is_right() -> None:
     good = schedule_of(FIRST, SECOND)
-    assert good == with_transfers(one_forward_one_backward(2, 2))
+    assert good == with_transfers(one_forward_one_backward(2, 1, 2))
     assert validate(good, 2) == [2, 1]
 
 
@@ -84,32 +85,32 @@ def hand_on(schedule: Schedule, rank: int, position: int) -> None:
 
 @pytest.mark.parametrize("breakage", [drop, double, hand_on])
 @pytest.mark.parametrize("make", [gpipe, one_forward_one_backward])
-def test_no_single_action_can_go(make: Callable[[int, int], Schedule], breakage: Callable[[Schedule, int, int], None]) -> None:
+def test_no_single_action_can_go(make: Callable[[int, int, int], Schedule], breakage: Callable[[Schedule, int, int], None]) -> None:
     """Each action of a good schedule dropped, doubled, or given to another rank."""
-    for rank, actions in enumerate(with_transfers(make(3, 4))):
+    for rank, actions in enumerate(with_transfers(make(3, 1, 4))):
         for position in range(len(actions)):
-            schedule = with_transfers(make(3, 4))
+            schedule = with_transfers(make(3, 1, 4))
             breakage(schedule, rank, position)
             with pytest.raises(ScheduleError, match=r"^rank \d+"):
                 validate(schedule, 4)
 
 
 def test_evaluation_has_no_backward() -> None:
-    assert validate(with_transfers(forward_only(3, 4)), 4, backward=False) == [0, 0, 0], "nothing is kept"
+    assert validate(with_transfers(forward_only(range(3), 4)), 4, backward=False) == [0, 0, 0], "nothing is kept"
     with pytest.raises(ScheduleError, match="rank 0: 0B0 is missing"):
-        validate(with_transfers(forward_only(3, 4)), 4)
+        validate(with_transfers(forward_only(range(3), 4)), 4)
 
 
 def test_more_or_fewer_micro_batches_than_promised() -> None:
     with pytest.raises(ScheduleError, match="rank 0: 0F4 is missing"):
-        validate(with_transfers(gpipe(2, 4)), 5)
+        validate(with_transfers(gpipe(2, 1, 4)), 5)
     with pytest.raises(ScheduleError, match=r"rank 0, position \d+: 0F4 is of a micro-batch that does not exist"):
-        validate(with_transfers(gpipe(2, 5)), 4)
+        validate(with_transfers(gpipe(2, 1, 5)), 4)
 
 
 def test_a_backward_in_an_evaluation() -> None:
     with pytest.raises(ScheduleError, match=r"rank 0, position \d+: 0B0 has no place in a schedule without backward"):
-        validate(with_transfers(gpipe(2, 2)), 2, backward=False)
+        validate(with_transfers(gpipe(2, 1, 2)), 2, backward=False)
 
 
 def test_sends_that_nobody_takes_in_time() -> None:

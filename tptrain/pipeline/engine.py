@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tptrain.pipeline.schedules import Action, Kind
+from tptrain.pipeline.actions import Action, Kind
 from tptrain.pipeline.transfer import Receive, Transfer
 
 Stage = Callable[[Tensor, Tensor | None, int], Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tptrain.pipeline.schedules import Action
+from tptrain.pipeline.actions import Action
 
 
 class Span(NamedTuple):

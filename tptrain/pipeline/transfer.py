@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tptrain.mesh import Mesh
-from tptrain.pipeline.schedules import Action, Kind
+from tptrain.pipeline.actions import Action, Kind
 
 
 class TransferError(RuntimeError):

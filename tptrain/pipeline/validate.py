@@ -10,11 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 
-from tptrain.pipeline.schedules import Action, Kind, Schedule
-
-
-class ScheduleError(ValueError):
-    """The schedule is wrong; the message says on which rank, at which position, and why."""
+from tptrain.pipeline.actions import Action, Kind, Schedule, ScheduleError
 
 
 def validate(schedule: Schedule, micro_batches: int, backward: bool = True) -> list[int]:
