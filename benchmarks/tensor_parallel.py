@@ -102,7 +102,7 @@ def mesh_of_one() -> Mesh:
     groups = [dist.new_subgroups_by_enumeration([[r] for r in range(dist.get_world_size())])[0] for _ in range(4)]
     dp_tp = DeviceMesh.from_group(groups[:2], CPU.type, mesh=torch.tensor([[rank]]), mesh_dim_names=("dp", "tp"))
     return Mesh(
-        device=CPU, world=groups[0], tp=dp_tp["tp"], dp=dp_tp["dp"], dp_tp=dp_tp, pp_forward=groups[2], pp_backward=groups[3],
+        device=CPU, world=groups[0], tp=dp_tp["tp"], dp=dp_tp["dp"], dp_tp=dp_tp, pp_up=groups[2], pp_down=groups[3],
         embedding=None, pp_ranks=(rank,), ranks=[[[rank]]],
     )  # fmt: skip
 
@@ -110,7 +110,7 @@ def mesh_of_one() -> Mesh:
 def both_sides(config: Config, mesh: Mesh, tokens: np.ndarray) -> tuple[Trainer, DTensorTrainer]:
     """Our trainer and DTensor's, with the same weights."""
     ours = Trainer(config, mesh, tokens, tokens)
-    weights = {name: parameter.full_tensor() for name, parameter in ours.stage.state_dict().items()}
+    weights = {name: parameter.full_tensor() for name, parameter in ours.share.stages[0].state_dict().items()}
     data = Sampler(tokens, config.data.seq_len, config.seed)
     return ours, DTensorTrainer(config, init_device_mesh("cpu", (RANKS,)), weights, data)
 
@@ -146,7 +146,7 @@ def count_collectives(label: str, ours: Trainer, theirs: DTensorTrainer) -> None
     batch = torch.from_numpy(theirs.data.rows(0, config.parallel.micro_batch_size))
     inputs, targets = batch[:, :-1], batch[:, 1:]
     with collectives() as our_counts:
-        ours.stage(inputs, targets).backward()
+        ours.share.stages[0](inputs, targets).backward()
     with collectives() as their_counts:
         theirs.micro_batch(inputs, targets, targets.numel())
     for trainer in (ours, theirs):

@@ -116,7 +116,7 @@ def train_case(rank: int, cases: list[tuple[str, Any]]) -> dict[str, Any]:
         trainer = Trainer(config, mesh, tokens[:3000], tokens[3000:])
 
         def whole(trainer: Trainer = trainer) -> dict[str, torch.Tensor]:
-            return {n: p.detach().full_tensor().clone() for n, p in trainer.stage.named_parameters() if isinstance(p, DTensor)}
+            return {n: p.detach().full_tensor().clone() for n, p in trainer.share.named_parameters() if isinstance(p, DTensor)}
 
         start = {n: hashlib.sha256(w.numpy().tobytes()).hexdigest() for n, w in whole().items()}
         steps = [trainer.step() for _ in range(STEPS // 2)]

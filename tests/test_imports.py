@@ -21,9 +21,10 @@ ALLOWED: dict[str, set[str]] = {
     "mesh": {"config"},
     "tensor_parallel": {"mesh"},
     "model": {"tensor_parallel", "mesh", "config"},
-    "pipeline": {"mesh"},
+    "pipeline": {"mesh", "config"},
     "optim": {"tensor_parallel", "mesh", "config"},
     "data_parallel": {"mesh"},
+    "share": {"config", "mesh", "tensor_parallel", "model", "pipeline", "data_parallel"},
     "sampling": {"tensor_parallel", "model"},
     "generate_config": {"config"},
     # around them
@@ -43,7 +44,20 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": set(),
 }
-BELOW_TRAIN = {"config", "files", "mesh", "tensor_parallel", "model", "pipeline", "optim", "data_parallel", "data", "checkpoint", "monitor"}
+BELOW_TRAIN = {
+    "config",
+    "files",
+    "mesh",
+    "tensor_parallel",
+    "model",
+    "pipeline",
+    "optim",
+    "data_parallel",
+    "share",
+    "data",
+    "checkpoint",
+    "monitor",
+}
 ALLOWED |= {
     "trainer": BELOW_TRAIN,
     "report": BELOW_TRAIN | {"trainer"},

@@ -30,7 +30,7 @@ class Report:
         self.config, self.mesh, self.run_dir = config, mesh, run_dir
         self.tokens_per_step = config.batch_size * config.data.seq_len
         self.speaks = dist.get_rank() == 0
-        parameters = self.gather(sum(p.numel() for p in map(local_part, trainer.stage.parameters())))
+        parameters = self.gather(sum(local_part(p).numel() for _, p in trainer.share.named_parameters()))
         if not self.speaks:
             return
         first_step = trainer.steps_done
