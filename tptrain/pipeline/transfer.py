@@ -22,6 +22,11 @@ from tptrain.pipeline.actions import Action, Kind
 class TransferError(RuntimeError):
     """A neighbour did not answer in time, or is gone."""
 
+    def __init__(self, message: str, waited_for: int) -> None:
+        """waited_for: the neighbour, counted over the whole job."""
+        super().__init__(message)
+        self.waited_for = waited_for
+
 
 class Message(NamedTuple):
     """A send or a receive that has started."""
@@ -37,7 +42,8 @@ class Message(NamedTuple):
         try:
             self.work.wait()
         except RuntimeError as error:
-            raise TransferError(f"rank {dist.get_rank()} gave up {_WAITING[self.action.kind].format(self)}: {error}") from error
+            message = f"rank {dist.get_rank()} gave up {_WAITING[self.action.kind].format(self)}: {error}"
+            raise TransferError(message, self.peer) from error
         return self.tensor
 
 
