@@ -11,7 +11,6 @@ arrived. Sends and receives take no time of the ranks.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,25 +84,26 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
     computations = [[action for action in actions if action.kind in COMPUTATIONS] for actions in schedule]
     timeline: Timeline = [[] for _ in schedule]
     ends: dict[Action, float] = {}  # of what is done; a backward stands as the input gradient
-    waiting: dict[Action, list[int]] = defaultdict(list)  # ranks, by what they wait for
+    waiting: dict[Action, int] = {}  # ranks, by what they wait for, which only one other rank does
     movable = list(range(len(schedule)))
     while movable:
         rank = movable.pop()
         spans = timeline[rank]
         while len(spans) < len(computations[rank]):
             action = computations[rank][len(spans)]
-            needs = _needs(action, len(holders))
-            missing = next((need for need in needs if need not in ends), None)
-            if missing is not None:
-                waiting[missing].append(rank)
-                break
-            arrivals = [ends[need] + (0 if holders[need.stage] == rank else costs.transfer) for need in needs]
-            start = max([spans[-1].end if spans else 0, *arrivals])
+            start = spans[-1].end if spans else 0
+            need = _need(action, len(holders))
+            if need is not None:
+                if need not in ends:
+                    waiting[need] = rank
+                    break
+                start = max(start, ends[need] + (0 if holders[need.stage] == rank else costs.transfer))
             end = start + costs.of(action)
             spans.append(Span(action, start, end))
             made = action._replace(kind=Kind.INPUT_GRADIENT) if action.kind is Kind.BACKWARD else action
             ends[made] = end
-            movable += waiting.pop(made, ())
+            if made in waiting:
+                movable.append(waiting.pop(made))
     for rank, spans in enumerate(timeline):
         if len(spans) < len(computations[rank]):
             action = computations[rank][len(spans)]
@@ -111,15 +111,14 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
     return Simulation(timeline)
 
 
-def _needs(action: Action, stages: int) -> list[Action]:
-    """The computations without which this one cannot start."""
+def _need(action: Action, stages: int) -> Action | None:
+    """The computation whose end this one waits for. What that needed itself has ended too."""
     kind, stage, m = action
     if kind is Kind.FORWARD:
-        return [Action(kind, stage - 1, m)] if stage > 0 else []
+        return Action(kind, stage - 1, m) if stage > 0 else None
     if kind is Kind.WEIGHT_GRADIENT:
-        return [Action(Kind.INPUT_GRADIENT, stage, m)]
-    own = Action(Kind.FORWARD, stage, m)
-    return [own, Action(Kind.INPUT_GRADIENT, stage + 1, m)] if stage < stages - 1 else [own]
+        return Action(Kind.INPUT_GRADIENT, stage, m)
+    return Action(Kind.INPUT_GRADIENT, stage + 1, m) if stage < stages - 1 else Action(Kind.FORWARD, stage, m)
 
 
 def _live(spans: Sequence[Span]) -> list[tuple[float, int]]:
