@@ -7,8 +7,10 @@ several, and may hold two neighbours, between which nothing is sent.
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -69,29 +71,45 @@ def placement(schedule: Schedule) -> list[int]:
 def with_transfers(schedule: Schedule) -> Schedule:
     """Add sends right after the computations that make what is sent, and receives ahead of those that need it.
 
-    A receive starts one computation early. All that one rank sends another travels in one order, so receives start in the order of
-    the sends, an early one if need be long before its use.
+    A receive starts one computation before the one that needs it, or earlier: as soon as its tensor would be sent if every
+    computation took its usual time. So a send waits for no more than the computation that its receiver is at, and a schedule that
+    can run at all also runs where few sends may be under way. All that one rank sends another travels in one order, so receives
+    start in the order of the sends.
 
     >>> [str(action) for action in with_transfers([[Action(Kind.FORWARD, 0, 0), Action(Kind.FORWARD, 0, 1)],
     ...                                            [Action(Kind.FORWARD, 1, 0), Action(Kind.FORWARD, 1, 1)]])[1]]
     ['1RF0', '1RF1', '1F0', '1F1']
     """
     ranks = placement(schedule)
-    channels: dict[tuple[int, int], list[Action]] = defaultdict(list)  # by (from, to): the receives, in the order of the sends
-    for rank, computations in enumerate(schedule):
-        for send in (send for action in computations for send in sends_after(action, ranks)):
-            receive = receive_of(send)
-            channels[rank, ranks[receive.stage]].append(receive)
+    starts, ends = _usual_times(schedule, ranks)
+    sent = {  # by receive: its send's place in the sender's list, and when
+        receive_of(send): (place, ends[rank][place])
+        for rank, computations in enumerate(schedule)
+        for place, action in enumerate(computations)
+        for send in sends_after(action, ranks)
+    }
     result = []
     for rank, computations in enumerate(schedule):
-        queues = {source: iter(receives) for (source, target), receives in channels.items() if target == rank}
-        started: set[Action] = set()
-        needs = [_start_up_to(receive_before(action, ranks), ranks, queues, started) for action in computations]
-        actions = needs[0] if needs else []
-        for i, action in enumerate(computations):
-            actions += needs[i + 1] if i + 1 < len(needs) else []
-            actions += [action, *sends_after(action, ranks)]
-        result.append(actions)
+        channels: dict[int, list[tuple[int, int, Action]]] = defaultdict(list)  # by sender: order, the latest place to start, receive
+        for place, action in enumerate(computations):
+            receive = receive_before(action, ranks)
+            if receive is not None:
+                order, time = sent.get(receive, (_NEVER, _NEVER))
+                latest = min(max(place - 1, 0), bisect_left(starts[rank], time))
+                channels[ranks[peer_stage(receive)]].append((order, latest, receive))
+        starting: dict[int, list[Action]] = defaultdict(list)  # by place in this rank's list, last one first
+        for channel in channels.values():
+            place = len(computations)
+            for _, latest, receive in sorted(channel, reverse=True):
+                place = min(place, latest)
+                starting[place].append(receive)
+        result.append(
+            [
+                step
+                for place, action in enumerate(computations)
+                for step in (*reversed(starting[place]), action, *sends_after(action, ranks))
+            ]
+        )
     return result
 
 
@@ -127,15 +145,37 @@ def peer_stage(transfer: Action) -> int:
     return transfer.stage + (1 if transfer.kind in (Kind.SEND_ACTIVATION, Kind.RECEIVE_GRADIENT) else -1)
 
 
-def _start_up_to(needed: Action | None, ranks: Sequence[int], queues: dict[int, Iterator[Action]], started: set[Action]) -> list[Action]:
-    """The receives to start so that `needed` is among them: those its sender sends before it, and it. A receive that nobody sends
-    stands alone; the validator finds it."""
-    if needed is None or needed in started:
-        return []
-    starting = []
-    for receive in queues.get(ranks[peer_stage(needed)], iter(())):
-        starting.append(receive)
-        if receive == needed:
-            break
-    started.update(starting)
-    return starting if needed in started else [*starting, needed]
+_NEVER = sys.maxsize
+
+
+def _usual_times(schedule: Schedule, ranks: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
+    """When each computation starts and ends if a backward takes 2, any other 1, and transfers no time; _NEVER if it never can."""
+    starts, ends = ([[_NEVER] * len(actions) for actions in schedule] for _ in range(2))
+    made: dict[Action, int] = {}
+    clock, place = [0] * len(schedule), [0] * len(schedule)
+
+    def advance(rank: int) -> bool:
+        before = place[rank]
+        for action in schedule[rank][before:]:
+            source = source_of(action, len(ranks))
+            if source is not None and source not in made:
+                break
+            starts[rank][place[rank]] = start = max(clock[rank], made[source] if source else 0)
+            ends[rank][place[rank]] = clock[rank] = start + (2 if action.kind is Kind.BACKWARD else 1)
+            made[action._replace(kind=Kind.INPUT_GRADIENT) if action.kind is Kind.BACKWARD else action] = clock[rank]
+            place[rank] += 1
+        return place[rank] > before
+
+    while any(advance(rank) for rank in range(len(schedule))):
+        pass
+    return starts, ends
+
+
+def source_of(action: Action, stages: int) -> Action | None:
+    """The computation on another stage that makes a computation's input, if any; of a gradient, the input gradient, which a
+    backward contains."""
+    if action.kind is Kind.FORWARD and action.stage > 0:
+        return action._replace(stage=action.stage - 1)
+    if action.kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT) and action.stage < stages - 1:
+        return Action(Kind.INPUT_GRADIENT, action.stage + 1, action.micro_batch)
+    return None

@@ -1,4 +1,4 @@
-"""Pipeline schedules as data: pure functions from (stages, micro-batches) to a list of actions for each rank.
+"""Pipeline schedules as data: pure functions from (ranks, stages a rank, micro-batches) to a list of actions for each rank.
 
     gpipe, p=3, m=4      rank 0  F0 F1 F2 F3             B0 B1 B2 B3
     (Huang et al. 2019)  rank 1     F0 F1 F2 F3       B0 B1 B2 B3
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tptrain.pipeline.actions import Action, Kind, Schedule
+from tptrain.pipeline.zero_bubble import zb_h1, zb_v
 
 
 def gpipe(ranks: int, stages_per_rank: int, micro_batches: int) -> Schedule:
@@ -34,12 +35,36 @@ def one_forward_one_backward(ranks: int, stages_per_rank: int, micro_batches: in
     assert stages_per_rank == 1
     schedule = []
     for stage in range(ranks):
-        ahead = min(ranks - stage - 1, micro_batches)
         forwards = [Action(Kind.FORWARD, stage, m) for m in range(micro_batches)]
         backwards = [Action(Kind.BACKWARD, stage, m) for m in range(micro_batches)]
-        steady = [action for pair in zip(forwards[ahead:], backwards, strict=False) for action in pair]
-        schedule.append(forwards[:ahead] + steady + backwards[micro_batches - ahead :])
+        schedule.append(_alternate(forwards, backwards, ranks - 1 - stage))
     return schedule
+
+
+def interleaved(ranks: int, stages_per_rank: int, micro_batches: int) -> Schedule:
+    """1F1B over stages dealt out in turn: stage s on rank s % p (Narayanan et al. 2021, section 2.2).
+
+    Micro-batches go in equal groups of at least p, or all in one if there are fewer; a rank runs a group through each of its stages
+    in turn. Rank r is ahead by (v - 1) groups and 2 * (p - 1 - r) forwards, then alternates, and keeps one stage's activations of one
+    micro-batch more than it is ahead.
+    """
+    groups = max(1, micro_batches // ranks)
+    assert micro_batches % groups == 0
+    size = micro_batches // groups
+    schedule = []
+    for rank in range(ranks):
+        stages = range(rank, ranks * stages_per_rank, ranks)
+        parts = [range(group * size, (group + 1) * size) for group in range(groups)]
+        forwards = [Action(Kind.FORWARD, stage, m) for part in parts for stage in stages for m in part]
+        backwards = [Action(Kind.BACKWARD, stage, m) for part in parts for stage in reversed(stages) for m in part]
+        schedule.append(_alternate(forwards, backwards, (stages_per_rank - 1) * size + 2 * (ranks - 1 - rank)))
+    return schedule
+
+
+def _alternate(forwards: list[Action], backwards: list[Action], ahead: int) -> list[Action]:
+    """`ahead` forwards, or all; then one forward and one backward in turn; then the backwards that are left."""
+    steady = [action for pair in zip(forwards[ahead:], backwards, strict=False) for action in pair]
+    return forwards[:ahead] + steady + backwards[max(len(forwards) - ahead, 0) :]
 
 
 def forward_only(ranks: Sequence[int], micro_batches: int) -> Schedule:
@@ -50,5 +75,11 @@ def forward_only(ranks: Sequence[int], micro_batches: int) -> Schedule:
     ]
 
 
-SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
-"""What `parallel.schedule` may name."""
+SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {
+    "gpipe": gpipe,
+    "1f1b": one_forward_one_backward,
+    "interleaved": interleaved,
+    "zb_h1": zb_h1,
+    "zb_v": zb_v,
+}
+"""What `parallel.schedule` may name. Each takes the pipeline ranks p, the stages a rank v and the micro-batches m."""
