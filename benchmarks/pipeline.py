@@ -93,8 +93,7 @@ def our_pipelines(options: Options, tokens: np.ndarray) -> dict[str, Step]:
 
 def split_of(trainer: Trainer) -> list[list[int]]:
     """The number of layers of each stage on each rank."""
-    stages = getattr(trainer, "stages", None) or [trainer.stage]
-    mine = [len(stage.layers) for stage in stages]
+    mine = [len(stage.layers) for stage in trainer.share.stages.values()]
     everyone: list[list[int]] = [[] for _ in range(RANKS)]
     dist.all_gather_object(everyone, mine)
     return everyone

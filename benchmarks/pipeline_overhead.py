@@ -29,8 +29,9 @@ from torch import Tensor
 
 from benchmarks.two_ranks import CPU, RANKS, TIMEOUT_SECONDS, Sizes, add_sizes, barrier, config_of, our_step, say, start
 from tptrain.mesh import build_mesh
-from tptrain.pipeline import transfer
 from tptrain.pipeline.schedules import SCHEDULES
+from tptrain.pipeline.timeline import busy
+from tptrain.pipeline.transfer import Message
 from tptrain.trainer import Trainer
 
 
@@ -84,28 +85,17 @@ class Stopwatch:
 
 @contextlib.contextmanager
 def watched(engine: Any) -> Iterator[dict[str, Stopwatch]]:
-    """Stopwatches of the engine as a whole, of the stages' computations, of the waits for the other rank and of starting transfers.
+    """Stopwatches of the engine as a whole, of the waits for the other rank and of starting transfers.
 
-    The names of the engine's insides stand here and in `computing_seconds` alone.
+    The names of the engine's insides stand here alone.
     """
-    watches = {name: Stopwatch() for name in ("engine", "computing", "waiting", "starting")}
+    watches = {name: Stopwatch() for name in ("engine", "waiting", "starting")}
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(transfer, "_wait", watches["waiting"].timed(transfer._wait)))
+        patches.enter_context(mock.patch.object(Message, "wait", watches["waiting"].timed(Message.wait)))
         for name in ("isend", "irecv"):
             patches.enter_context(mock.patch.object(dist, name, watches["starting"].timed(getattr(dist, name))))
         patches.enter_context(mock.patch.object(engine, "train", watches["engine"].timed(engine.train)))
-        if not hasattr(engine, "spans"):
-            patches.enter_context(mock.patch.object(engine, "stage", watches["computing"].timed(engine.stage)))
-            backward = watches["computing"].timed(torch.autograd.backward)
-            patches.enter_context(mock.patch.object(torch.autograd, "backward", backward))
         yield watches
-
-
-def computing_seconds(engine: Any, watches: dict[str, Stopwatch]) -> float:
-    """Seconds of the last step in forwards, backwards and weight gradients."""
-    if hasattr(engine, "spans"):
-        return sum(span.end - span.start for span in engine.spans)
-    return watches["computing"].seconds
 
 
 def measure_time(options: Options) -> None:
@@ -117,7 +107,7 @@ def measure_time(options: Options) -> None:
         barrier()
         with watched(trainer.engine) as watches:
             our_step(trainer)
-        whole, computing, waiting = watches["engine"].seconds, computing_seconds(trainer.engine, watches), watches["waiting"].seconds
+        whole, computing, waiting = watches["engine"].seconds, busy(trainer.spans), watches["waiting"].seconds
         shares.append((whole, computing / whole, waiting / whole, 1 - (computing + waiting) / whole, watches["starting"].seconds / whole))
     everyone: list[Any] = [None] * RANKS
     dist.all_gather_object(everyone, [statistics.median(column) for column in zip(*shares, strict=True)])

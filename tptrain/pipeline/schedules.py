@@ -12,12 +12,14 @@
     (Narayanan et al.    rank 0  0F0 0F1 2F0 2F1 0F2 2B0 0F3 2B1 2F2 0B0 2F3 0B1     2B2     2B3 0B2 0B3
     2021)                rank 1      1F0 1F1 3F0 3B0 3F1 3B1 1F2 1B0 1F3 1B1 3F2 3B2 3F3 3B3 1B2 1B3
 
-The zero-bubble schedules are in `zero_bubble.py`. A schedule names only the computation; `actions.with_transfers` adds the sends and receives that follow from it.
+The zero-bubble schedules are in `zero_bubble.py`. A schedule names only the computation; `actions.with_transfers` adds the
+sends and receives that follow from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from tptrain.pipeline.actions import Action, Kind, Schedule
 from tptrain.pipeline.zero_bubble import zb_h1, zb_v
@@ -48,20 +50,21 @@ def one_forward_one_backward(ranks: int, stages_per_rank: int, micro_batches: in
 def interleaved(ranks: int, stages_per_rank: int, micro_batches: int) -> Schedule:
     """1F1B over stages dealt out in turn: stage s on rank s % p (Narayanan et al. 2021, section 2.2).
 
-    Micro-batches go in equal groups of at least p, or all in one if there are fewer; a rank runs a group through each of its stages
-    in turn. Rank r is ahead by (v - 1) groups and 2 * (p - 1 - r) forwards, then alternates, and keeps one stage's activations of one
-    micro-batch more than it is ahead.
+    Micro-batches go in groups of p or somewhat more, or all in one if there are fewer; a rank runs a group through each of its stages
+    in turn. Any number will do: groups differ by one at most, the larger ones first (the smaller ones first would need a backward
+    before its forward). Rank r is ahead by v - 1 times the first group and 2 * (p - 1 - r) forwards, then alternates, and keeps one
+    stage's activations of one micro-batch more than it is ahead.
     """
     groups = max(1, micro_batches // ranks)
-    assert micro_batches % groups == 0
-    size = micro_batches // groups
+    short, longer = divmod(micro_batches, groups)
+    bounds = [group * short + min(group, longer) for group in range(groups + 1)]
     schedule = []
     for rank in range(ranks):
         stages = range(rank, ranks * stages_per_rank, ranks)
-        parts = [range(group * size, (group + 1) * size) for group in range(groups)]
+        parts = [range(first, last) for first, last in pairwise(bounds)]
         forwards = [Action(Kind.FORWARD, stage, m) for part in parts for stage in stages for m in part]
         backwards = [Action(Kind.BACKWARD, stage, m) for part in parts for stage in reversed(stages) for m in part]
-        schedule.append(_alternate(forwards, backwards, (stages_per_rank - 1) * size + 2 * (ranks - 1 - rank)))
+        schedule.append(_alternate(forwards, backwards, (stages_per_rank - 1) * bounds[1] + 2 * (ranks - 1 - rank)))
     return schedule
 
 
