@@ -28,7 +28,7 @@ def train_all(rank: int, configs: list[Any]) -> list[dict[str, Any]]:
         block = next(iter(next(iter(trainer.share.stages.values())).layers.values()))
         block.register_forward_hook(lambda module, inputs, output, seen=seen: seen.add(str(output.dtype)))
         losses = [trainer.step().loss for _ in range(STEPS)]
-        weights = {str(p.dtype) for p in trainer.share.stages[0].parameters()}
+        weights = {str(p.dtype) for p in trainer.share.modules.parameters()}
         results.append({"loss": losses, "val_loss": trainer.evaluate(), "weights": weights, "computed": seen})
     return results
 
