@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "mesh": {"config"},
     "tensor_parallel": {"mesh"},
     "model": {"tensor_parallel", "mesh", "config"},
-    "pipeline": {"mesh"},
+    "pipeline": {"mesh", "config"},
     "optim": {"tensor_parallel", "mesh", "config"},
     "data_parallel": {"mesh"},
     "sampling": {"tensor_parallel", "model"},

@@ -62,9 +62,9 @@ def placement(schedule: Schedule) -> list[int]:
         for position, action in enumerate(actions):
             if action.kind is Kind.FORWARD and ranks.setdefault(action.stage, rank) != rank:
                 raise ScheduleError(f"rank {rank}, position {position}: {action} is of a stage that rank {ranks[action.stage]} holds")
-    missing = [stage for stage in range(max(ranks, default=0) + 1) if stage not in ranks]
-    if missing:
-        raise ScheduleError(f"stage {missing[0]} has no forward on any rank")
+    missing = next((stage for stage in range(max(ranks, default=0) + 1) if stage not in ranks), None)
+    if missing is not None:
+        raise ScheduleError(f"stage {missing} has no forward on any rank")
     return [ranks[stage] for stage in range(len(ranks))]
 
 
@@ -81,35 +81,33 @@ def with_transfers(schedule: Schedule) -> Schedule:
     ['1RF0', '1RF1', '1F0', '1F1']
     """
     ranks = placement(schedule)
-    starts, ends = _usual_times(schedule, ranks)
-    sent = {  # by receive: its send's place in the sender's list, and when
-        receive_of(send): (place, ends[rank][place])
+    times = usual_times(schedule, ranks)
+    sent = {  # by receive: its send's place in the sender's list, and when its tensor is made, if ever
+        receive_of(send): (place, times[rank][place][1] if place < len(times[rank]) else sys.maxsize)
         for rank, computations in enumerate(schedule)
         for place, action in enumerate(computations)
         for send in sends_after(action, ranks)
     }
     result = []
     for rank, computations in enumerate(schedule):
+        starts = [start for start, _ in times[rank]]
         channels: dict[int, list[tuple[int, int, Action]]] = defaultdict(list)  # by sender: order, the latest place to start, receive
         for place, action in enumerate(computations):
             receive = receive_before(action, ranks)
             if receive is not None:
-                order, time = sent.get(receive, (_NEVER, _NEVER))
-                latest = min(max(place - 1, 0), bisect_left(starts[rank], time))
+                order, made = sent.get(receive, (sys.maxsize, sys.maxsize))
+                latest = min(max(place - 1, 0), bisect_left(starts, made))
                 channels[ranks[peer_stage(receive)]].append((order, latest, receive))
-        starting: dict[int, list[Action]] = defaultdict(list)  # by place in this rank's list, last one first
+        starting: dict[int, list[Action]] = defaultdict(list)  # by place in this rank's list, the last one first
         for channel in channels.values():
             place = len(computations)
-            for _, latest, receive in sorted(channel, reverse=True):
+            for _, latest, receive in sorted(channel, key=lambda entry: entry[:2], reverse=True):
                 place = min(place, latest)
                 starting[place].append(receive)
-        result.append(
-            [
-                step
-                for place, action in enumerate(computations)
-                for step in (*reversed(starting[place]), action, *sends_after(action, ranks))
-            ]
-        )
+        actions: list[Action] = []
+        for place, action in enumerate(computations):
+            actions += [*reversed(starting[place]), action, *sends_after(action, ranks)]
+        result.append(actions)
     return result
 
 
@@ -145,32 +143,6 @@ def peer_stage(transfer: Action) -> int:
     return transfer.stage + (1 if transfer.kind in (Kind.SEND_ACTIVATION, Kind.RECEIVE_GRADIENT) else -1)
 
 
-_NEVER = sys.maxsize
-
-
-def _usual_times(schedule: Schedule, ranks: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
-    """When each computation starts and ends if a backward takes 2, any other 1, and transfers no time; _NEVER if it never can."""
-    starts, ends = ([[_NEVER] * len(actions) for actions in schedule] for _ in range(2))
-    made: dict[Action, int] = {}
-    clock, place = [0] * len(schedule), [0] * len(schedule)
-
-    def advance(rank: int) -> bool:
-        before = place[rank]
-        for action in schedule[rank][before:]:
-            source = source_of(action, len(ranks))
-            if source is not None and source not in made:
-                break
-            starts[rank][place[rank]] = start = max(clock[rank], made[source] if source else 0)
-            ends[rank][place[rank]] = clock[rank] = start + (2 if action.kind is Kind.BACKWARD else 1)
-            made[action._replace(kind=Kind.INPUT_GRADIENT) if action.kind is Kind.BACKWARD else action] = clock[rank]
-            place[rank] += 1
-        return place[rank] > before
-
-    while any(advance(rank) for rank in range(len(schedule))):
-        pass
-    return starts, ends
-
-
 def source_of(action: Action, stages: int) -> Action | None:
     """The computation on another stage that makes a computation's input, if any; of a gradient, the input gradient, which a
     backward contains."""
@@ -179,3 +151,29 @@ def source_of(action: Action, stages: int) -> Action | None:
     if action.kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT) and action.stage < stages - 1:
         return Action(Kind.INPUT_GRADIENT, action.stage + 1, action.micro_batch)
     return None
+
+
+def usual_times(schedule: Schedule, ranks: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """When each rank's computations start and end if a backward takes 2, any other 1, and transfers no time. ranks: of each stage.
+
+    A rank's list ends before the first computation that can never start.
+    """
+    times: list[list[tuple[int, int]]] = [[] for _ in schedule]
+    made: dict[Action, int] = {}
+
+    def advance(rank: int) -> bool:
+        before = len(times[rank])
+        for action in schedule[rank][before:]:
+            source = source_of(action, len(ranks))
+            if source is not None and source not in made:
+                break
+            start = max(times[rank][-1][1] if times[rank] else 0, made[source] if source else 0)
+            whole = action.kind is Kind.BACKWARD
+            end = start + (2 if whole else 1)
+            times[rank].append((start, end))
+            made[action._replace(kind=Kind.INPUT_GRADIENT) if whole else action] = end
+        return len(times[rank]) > before
+
+    while any(advance(rank) for rank in range(len(schedule))):
+        pass
+    return times

@@ -24,7 +24,8 @@ from tptrain.pipeline.actions import (
     receive_before,
     receive_of,
     source_of,
-)  # fmt: skip
+    usual_times,
+)
 
 _Places = dict[Action, tuple[int, int]]
 """The rank and the position of each action."""
@@ -39,13 +40,38 @@ def validate(schedule: Schedule, micro_batches: int, backward: bool = True) -> l
     for ever.
     """
     ranks = placement(schedule)
-    places = _place_each(schedule, ranks, micro_batches, backward)
-    _check_complete(places, ranks, micro_batches, backward)
+    places = _check_computations(schedule, ranks, micro_batches, backward)
     for action in places:
-        _check_order(action, places, ranks)
+        _check_transfer(action, places, ranks)
     _check_channels(_channels(schedule, ranks), places)
     _execute(schedule, ranks)
     return [_peak(actions) if backward else 0 for actions in schedule]
+
+
+def check_computations(schedule: Schedule, micro_batches: int, backward: bool = True) -> None:
+    """Check a schedule without transfers, as users write them. Raises ScheduleError as `validate` does, and for a cycle.
+
+    What passes also passes `validate` once `with_transfers` has added the transfers.
+    """
+    ranks = placement(schedule)
+    _check_computations(schedule, ranks, micro_batches, backward)
+    for rank, times in enumerate(usual_times(schedule, ranks)):
+        if len(times) < len(schedule[rank]):
+            action = schedule[rank][len(times)]
+            source = source_of(action, len(ranks))
+            assert source is not None, "only what needs another stage has to wait"
+            reason = f"rank {ranks[source.stage]}, which makes its input in stage {source.stage}, waits for others in turn"
+            raise ScheduleError(f"rank {rank}, position {len(times)}: {action} waits for ever: {reason}")
+
+
+def _check_computations(schedule: Schedule, ranks: Sequence[int], micro_batches: int, backward: bool) -> _Places:
+    """Every computation once, on its own rank, after what it needs there. Returns where each action stands."""
+    places = _place_each(schedule, ranks, micro_batches, backward)
+    _check_complete(places, ranks, micro_batches, backward)
+    for action in places:
+        if action.kind in COMPUTATIONS:
+            _check_order(action, places, ranks)
+    return places
 
 
 def _place_each(schedule: Schedule, ranks: Sequence[int], micro_batches: int, backward: bool) -> _Places:
@@ -92,36 +118,43 @@ def _check_complete(places: _Places, ranks: Sequence[int], micro_batches: int, b
 
 
 def _check_order(action: Action, places: _Places, ranks: Sequence[int]) -> None:
-    """Each action after what it needs on its own rank, each transfer with its other half."""
+    """A computation after what it needs on its own rank."""
     kind, stage, m = action
-    gradient = Action(Kind.BACKWARD, stage, m) if Action(Kind.BACKWARD, stage, m) in places else Action(Kind.INPUT_GRADIENT, stage, m)
+    if kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT) and _before(action, Action(Kind.FORWARD, stage, m), places):
+        raise _fault(action, places, "stands before its forward")
+    if kind is Kind.WEIGHT_GRADIENT and _before(action, action._replace(kind=Kind.INPUT_GRADIENT), places):
+        raise _fault(action, places, "stands before its input gradient")
+    source = source_of(action, len(ranks))
+    if source is not None and ranks[source.stage] == ranks[stage]:
+        source = _standing(source, places)
+        if _before(action, source, places):
+            raise _fault(action, places, f"stands before {source}, which makes its input")
+
+
+def _check_transfer(action: Action, places: _Places, ranks: Sequence[int]) -> None:
+    """A transfer with its other half, sent after its tensor is made, received before it is needed."""
+    kind, stage, m = action
     if kind in COMPUTATIONS:
-        if kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT) and _before(action, Action(Kind.FORWARD, stage, m), places):
-            raise _fault(action, places, "stands before its forward")
-        if kind is Kind.WEIGHT_GRADIENT and _before(action, gradient, places):
-            raise _fault(action, places, "stands before its input gradient")
-        receive, source = receive_before(action, ranks), source_of(action, len(ranks))
-        if receive is not None:
-            if receive not in places:
-                raise _fault(action, places, f"needs {receive}, which is missing")
-            if _before(action, receive, places):
-                raise _fault(receive, places, f"stands after {action}, which needs it")
-        elif source is not None:
-            if source not in places:
-                source = source._replace(kind=Kind.BACKWARD)
-            if _before(action, source, places):
-                raise _fault(action, places, f"stands before {source}, which makes its input")
+        receive = receive_before(action, ranks)
+        if receive is not None and receive not in places:
+            raise _fault(action, places, f"needs {receive}, which is missing")
+        if receive is not None and _before(action, receive, places):
+            raise _fault(receive, places, f"stands after {action}, which needs it")
     elif kind in SENDS:
-        made = Action(Kind.FORWARD, stage, m) if kind is Kind.SEND_ACTIVATION else gradient
+        made = _standing(Action(Kind.FORWARD if kind is Kind.SEND_ACTIVATION else Kind.INPUT_GRADIENT, stage, m), places)
         if _before(action, made, places):
             raise _fault(action, places, f"sends what is not computed yet: {made} stands after it")
         if receive_of(action) not in places:
             raise _fault(action, places, f"is never received: rank {ranks[peer_stage(action)]} has no {receive_of(action)}")
     else:
-        other = Kind.SEND_ACTIVATION if kind is Kind.RECEIVE_ACTIVATION else Kind.SEND_GRADIENT
-        send = Action(other, peer_stage(action), m)
+        send = Action(Kind.SEND_ACTIVATION if kind is Kind.RECEIVE_ACTIVATION else Kind.SEND_GRADIENT, peer_stage(action), m)
         if send not in places:
-            raise _fault(action, places, f"receives what is never sent: rank {ranks[send.stage]} has no {send}")
+            raise _fault(action, places, f"is never sent: rank {ranks[send.stage]} has no {send}")
+
+
+def _standing(made: Action, places: _Places) -> Action:
+    """A forward or an input gradient as it stands in the schedule: the latter may be part of a backward."""
+    return made if made in places else made._replace(kind=Kind.BACKWARD)
 
 
 def _channels(schedule: Schedule, ranks: Sequence[int]) -> dict[tuple[int, int], tuple[list[Action], list[Action]]]:
