@@ -16,6 +16,7 @@ from tptrain.monitor.metrics import MetricsFile, Record, eval_record, train_reco
 from tptrain.monitor.peak_memory import peak_memory_bytes
 from tptrain.monitor.status import write_status
 from tptrain.monitor.wandb_run import start_wandb
+from tptrain.plan.pipeline import describe
 from tptrain.tensor_parallel.parameter import local_part
 from tptrain.trainer import StepResult, Trainer
 
@@ -34,8 +35,11 @@ class Report:
         if not self.speaks:
             return
         first_step = trainer.steps_done
+        pipeline = describe(config)
         facts = {
             "parameters": num_parameters(config.model),
+            "stages": [(stage.rank, stage.first_layer, stage.last_layer, stage.parameters) for stage in pipeline.stages],
+            "bubble_fraction": pipeline.bubble_fraction,
             "parameters_per_rank": parameters,
             "ranks": mesh.ranks,
             "device": _device_name(mesh.device),

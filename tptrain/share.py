@@ -15,22 +15,15 @@ from torch import Tensor, nn
 from tptrain.config import Config
 from tptrain.data_parallel import DataParallel
 from tptrain.mesh import Mesh
-from tptrain.model.flops import block_flops, head_flops
 from tptrain.model.gpt import Execution, GPTStage
 from tptrain.model.init import initialise
-from tptrain.pipeline.partition import partition
+from tptrain.plan.pipeline import stage_layers
 from tptrain.tensor_parallel.communication import all_reduce_flat
 from tptrain.tensor_parallel.deferral import Deferral
 from tptrain.tensor_parallel.parameter import compute_in, defer_by, drop_copies, local_part, partial_gradients
 
 TIED = "embedding.weight"
 """The parameter that the first and the last stage both have, where embeddings are tied."""
-
-
-def stage_layers(config: Config, ranks: Sequence[int]) -> list[tuple[int, int]]:
-    """The layers of each stage of a resolved config, as (first, one past last). ranks: the pipeline rank of each stage."""
-    block, head = block_flops(config.model, config.data.seq_len), head_flops(config.model)
-    return partition(config.parallel.partition, config.model.num_layers, ranks, block=block, first=0, last=head)
 
 
 class ModelShare:
