@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"tensor_parallel", "mesh", "config"},
     "data_parallel": {"mesh"},
     "sampling": {"tensor_parallel", "model"},
+    "pipeline_decoder": {"pipeline", "model", "mesh"},
     "generate_config": {"config"},
     # around them
     "data": {"config", "files"},
@@ -49,7 +50,7 @@ ALLOWED |= {
     "report": BELOW_TRAIN | {"trainer"},
     "train": BELOW_TRAIN | {"trainer", "report"},
     "check": BELOW_TRAIN | {"trainer", "verdict"},
-    "generate": BELOW_TRAIN | {"generate_config", "job", "sampling"},
+    "generate": BELOW_TRAIN | {"generate_config", "job", "sampling", "pipeline_decoder"},
 }  # the composition root: anything but what starts it
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
