@@ -151,7 +151,6 @@ def assert_equal(expected: dict[str, Any], ranks: list[Any]) -> None:
     """The promise, for one layout: each rank's results beside one process's."""
     steps = len(expected["loss"])
     assert len(set(expected["loss"])) == steps, "the twin must train"
-    assert expected["loss"][-1] < expected["loss"][0]
     clipped = [norm for norm in expected["grad_norm"] if norm > 0.5]  # optimizer.grad_clip of the small config
     assert len(clipped) >= steps // 2, "clipping must be at work"
     names = set()
@@ -181,4 +180,5 @@ def parallel() -> dict[str, list[Any]]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_layout_equals_one_process(case: Case, serial: dict[str, Any], parallel: dict[str, list[Any]]) -> None:
+    assert serial[case.twin]["loss"][-1] < serial[case.twin]["loss"][0]
     assert_equal(serial[case.twin], parallel[case.name])

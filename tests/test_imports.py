@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "data_parallel": {"mesh"},
     "share": {"config", "mesh", "tensor_parallel", "model", "pipeline", "plan", "data_parallel"},
     "sampling": {"tensor_parallel", "model"},
+    "pipeline_decoder": {"pipeline", "model", "mesh"},
     "generate_config": {"config"},
     "plan": {"config", "model", "pipeline"},
     # around them
@@ -54,7 +55,7 @@ ALLOWED |= {
     "report": BELOW_TRAIN | {"trainer"},
     "train": BELOW_TRAIN | {"trainer", "report"},
     "check": BELOW_TRAIN | {"trainer", "verdict"},
-    "generate": BELOW_TRAIN | {"generate_config", "job", "sampling"},
+    "generate": BELOW_TRAIN | {"generate_config", "job", "sampling", "pipeline_decoder"},
 }  # the composition root: anything but what starts it
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
