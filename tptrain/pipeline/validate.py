@@ -75,30 +75,37 @@ def _check_computations(schedule: Schedule, ranks: Sequence[int], micro_batches:
 
 
 def _place_each(schedule: Schedule, ranks: Sequence[int], micro_batches: int, backward: bool) -> _Places:
-    """Every action known by itself, and standing once."""
+    """Every action one that can be, and standing once."""
     places: _Places = {}
     for rank, actions in enumerate(schedule):
         for position, action in enumerate(actions):
-            here = {action: (rank, position)}
-            kind, stage, m = action
-            if action in places and places[action][0] == rank:
-                raise _fault(action, here, "stands twice")
-            if stage not in range(len(ranks)):
-                raise _fault(action, here, "is of a stage that has no forward on any rank")
-            if ranks[stage] != rank:
-                raise _fault(action, here, f"is of a stage that rank {ranks[stage]} holds")
-            if m not in range(micro_batches):
-                raise _fault(action, here, f"is of a micro-batch that does not exist: there are {micro_batches}, counted from 0")
-            if not backward and kind not in (Kind.FORWARD, Kind.SEND_ACTIVATION, Kind.RECEIVE_ACTIVATION):
-                raise _fault(action, here, "has no place in a schedule without backward")
-            if kind not in COMPUTATIONS:
-                peer = peer_stage(action)
-                if peer not in range(len(ranks)):
-                    raise _fault(action, here, f"has no stage {peer} at its other end")
-                if ranks[peer] == rank:
-                    raise _fault(action, here, f"has the same rank at its other end, in stage {peer}")
+            if action in places:
+                raise ScheduleError(f"rank {rank}, position {position}: {action} stands twice")
             places[action] = (rank, position)
+            reason = _what_is_foreign(action, rank, ranks, micro_batches, backward)
+            if reason is not None:
+                raise _fault(action, places, reason)
     return places
+
+
+def _what_is_foreign(action: Action, rank: int, ranks: Sequence[int], micro_batches: int, backward: bool) -> str | None:
+    """Why an action has no place on a rank, if so."""
+    kind, stage, m = action
+    if stage not in range(len(ranks)):
+        return "is of a stage that has no forward on any rank"
+    if ranks[stage] != rank:
+        return f"is of a stage that rank {ranks[stage]} holds"
+    if m not in range(micro_batches):
+        return f"is of a micro-batch that does not exist: there are {micro_batches}, counted from 0"
+    if not backward and kind not in (Kind.FORWARD, Kind.SEND_ACTIVATION, Kind.RECEIVE_ACTIVATION):
+        return "has no place in a schedule without backward"
+    if kind not in COMPUTATIONS:
+        peer = peer_stage(action)
+        if peer not in range(len(ranks)):
+            return f"has no stage {peer} at its other end"
+        if ranks[peer] == rank:
+            return f"has the same rank at its other end, in stage {peer}"
+    return None
 
 
 def _check_complete(places: _Places, ranks: Sequence[int], micro_batches: int, backward: bool) -> None:
