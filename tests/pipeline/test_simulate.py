@@ -53,11 +53,10 @@ def test_peak_of_live_activations(p: int, m: int) -> None:
 @pytest.mark.parametrize("v", [1, 2, 3])
 @pytest.mark.parametrize("p", [1, 2, 3, 4, 5])
 def test_bubble_of_interleaved_stages(p: int, v: int) -> None:
-    """(p - 1) / (v * m + p - 1) for m >= p (Narayanan et al. 2021, section 2.2), in equal groups of p micro-batches or a few more."""
-    for m in (p, p + 1, 2 * p, 2 * (p + 1), 5 * p):
-        if m % max(1, m // p) == 0:
-            step = simulate(SCHEDULES["interleaved"](p, v, m), equal_costs(p * v))
-            assert step.bubble_fraction == Fraction(p - 1, v * m + p - 1), m
+    """(p - 1) / (v * m + p - 1) for m >= p (Narayanan et al. 2021, section 2.2), also where p does not divide m."""
+    for m in range(p, 4 * p):
+        step = simulate(SCHEDULES["interleaved"](p, v, m), equal_costs(p * v))
+        assert step.bubble_fraction == Fraction(p - 1, v * m + p - 1), m
 
 
 @pytest.mark.parametrize(("forward", "input_gradient", "weight_gradient"), [(1, 1, 1), (3, 4, 2), (4, 2, 2), (5, 3, 1), (2, 5, 2)])
@@ -89,8 +88,6 @@ def test_peaks_are_those_that_the_validator_counts(name: str) -> None:
     """Whatever the costs are: a rank's order decides."""
     for p, m in SIZES:
         v = 2 if name in ("interleaved", "zb_v") else 1
-        if name == "interleaved" and m % max(1, m // p):
-            continue
         schedule = SCHEDULES[name](p, v, m)
         costs = Costs(*[[1 + (7 * stage + shift) % 5 for stage in range(p * v)] for shift in range(3)], transfer=2)
         step = simulate(schedule, costs)
