@@ -267,3 +267,33 @@ def test_training_goes_on_where_inference_stopped() -> None:
     again = engine.train(training, x, target, SCALE, Recorder(Deferral(), {0: None}))
     assert first.equal(again)
     assert_close(evaluated.double(), first)
+
+
+@pytest.mark.parametrize("world", [3])
+def test_a_stage_that_hands_its_input_on(world: int) -> None:
+    """Its output and its input's gradient lie in the very buffers that were received into: these are not received into again."""
+    run_ranks(world, check_handing_on)
+
+
+def check_handing_on(rank: int) -> None:
+    mesh, m = mesh_of(pp=3), 8
+    last = ToyStage(2, 3)
+
+    def stage(x: Tensor, targets: Tensor | None, micro_batch: int) -> Tensor:
+        return last(x, targets, micro_batch) if rank == 2 else x.view(ROWS, WIDTH)
+
+    inputs, targets = micro_batches(m)
+    gradients: list[Tensor] = []
+    for x in inputs:
+        x.requires_grad_().register_hook(lambda gradient: gradients.append(gradient.clone()))
+    engine = PipelineEngine({rank: stage}, range(3), Transfer(mesh, (ROWS, WIDTH), torch.float32))
+    recorder = Recorder(Deferral(), {rank: last})
+    outputs = engine.infer(with_transfers(forward_only(range(3), m))[rank], inputs, None)
+    for output, x in zip(outputs, inputs, strict=False):
+        assert_close(output, torch.tanh(last.linear(x)).detach())
+    engine.train(with_transfers(SCHEDULES["1f1b"](3, 1, m))[rank], inputs, targets, SCALE, recorder)
+    if rank == 0:
+        for x, target, gradient in zip(inputs, targets, gradients, strict=True):
+            twin = x.detach().requires_grad_()
+            (((torch.tanh(last.linear(twin)) - target) ** 2).sum() * SCALE.float()).backward()
+            assert_close(gradient, twin.grad)

@@ -1,8 +1,8 @@
 """Runs any schedule on any stages.
 
 The engine knows no model. A stage is a callable (input, targets or None, micro-batch's number) -> output; the first stage's input
-is a micro-batch of the batch, the last stage's output with targets is the micro-batch's summed loss. A stage makes new tensors: its
-output is no view of its input, and its weights' gradients none of its output's.
+is a micro-batch of the batch, the last stage's output with targets is the micro-batch's summed loss. A stage keeps no view of its
+input, and none of its output's gradient, for longer than its backward.
 
     forward          input ── stage ── output ──> next stage          kept: the input, and what autograd saves
     backward         input's gradient <── backward ── output's gradient    weight gradients: at once, or as the
@@ -134,6 +134,7 @@ class PipelineEngine:
             x.requires_grad_(training)
         with self.clock.computing(action):
             output = self.stages[stage](x, targets[m] if targets is not None and stage == self.last_stage else None, m)
+        buffer = buffer and not _share_memory(x, output)
         if training:
             self._live[stage, m] = _Live(x, buffer, get_gradient_edge(output))
         elif buffer:
@@ -162,8 +163,9 @@ class PipelineEngine:
                 self._weight_work[stage, m] = work
         if stage > 0:
             assert x.grad is not None
-            self._gradients[stage, m] = x.grad
-            x.grad = None
+            made, x.grad = x.grad, None
+            lent = [buffer for buffer in lent if not _share_memory(buffer, made)]
+            self._gradients[stage, m] = made
         if kind is Kind.BACKWARD:
             self._give_back(lent)
         else:
@@ -197,6 +199,11 @@ class PipelineEngine:
     def _give_back(self, buffers: list[Tensor]) -> None:
         for buffer in buffers:
             self.transfer.reuse(buffer)
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether one is, or may be, made of the other's memory."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _run_backward(output: GradientEdge, gradient: Tensor | None, loss_scale: Tensor) -> None:
