@@ -208,3 +208,40 @@ def test_a_rank_that_raises_in_mid_step(tmp_path: Path) -> None:
     assert outcome.err.count("Traceback") == 1, "followers stay silent"
     assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
     assert processes_of(run_dir) == []
+
+
+def test_a_frozen_rank_is_named_within_the_time_limit(tmp_path: Path) -> None:
+    """SIGSTOP in mid-step: every other rank gives up after launch.timeout_seconds, and the job says for whom it waited."""
+    run_dir, limit = tmp_path / "run", 5
+    more = ["parallel=pp4", "parallel.schedule=zb_h1", "train.max_steps=100000", "checkpoint.every=0", "train.eval_every=0"]
+    process = start_run(tmp_path, run_dir, *more, f"launch.timeout_seconds={limit}")
+    wait_until(lambda: len(read_metrics(run_dir)) > 3, seconds=90)
+    frozen = 2
+    pid = next(pid for pid, rank in ranks_of(process.pid, run_dir).items() if rank == frozen)
+    began = time.time()
+    os.kill(pid, signal.SIGSTOP)
+    others = [run_dir / f"logs/rank-{rank}.error.json" for rank in (0, 1, 3)]
+    wait_until(lambda: all(path.exists() for path in others), seconds=60)
+    os.kill(pid, signal.SIGCONT)  # so that the launcher can end it at once
+    outcome = finish(process)
+    errors = [json.loads(path.read_text()) for path in others]
+    assert all(began < error["time"] < began + limit + 10 for error in errors)
+    named = [error for error in errors if error["waited_for"] == frozen]
+    assert named
+    assert any(f"from rank {frozen}" in error["error"] and "micro-batch" in error["error"] for error in named)
+    assert outcome.code == 1
+    assert f"from rank {frozen}: " in json.loads((run_dir / "status.json").read_text())["error"]
+
+
+def ranks_of(parent: int, run_dir: Path) -> dict[int, int]:
+    """The rank of each process that the command started, by process."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line, variables = (folder / "cmdline").read_bytes().decode(), (folder / "environ").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        rank = next((value.partition("=")[2] for value in variables if value.startswith("RANK=")), None)
+        if str(run_dir) in line and rank is not None and int(folder.name) != parent:
+            found[int(folder.name)] = int(rank)
+    return found

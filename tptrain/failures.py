@@ -108,7 +108,8 @@ def root_cause(run_dir: Path, exits: dict[int, tuple[int, float]]) -> Failure:
     exits: for each rank that did not leave with 0, its exit code (negative: minus the signal) and when it was seen.
     """
     records = {rank: _read(_record_path(run_dir, rank)) for rank in exits}
-    silent = {failure.waited_for for failure in records.values() if failure} - {rank for rank, failure in records.items() if failure}
+    waiting = {rank: failure.waited_for for rank, failure in records.items() if failure and failure.waited_for is not None}
+    silent = set(waiting.values()) - waiting.keys()
     failures = [records[rank] or _from_exit(rank, code, seen) for rank, (code, seen) in exits.items()]
     return min(failures, key=lambda failure: (_suspicion(failure, silent), failure.time))
 
@@ -136,12 +137,13 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def _suspicion(failure: Failure, silent: set[int | None]) -> int:
-    """0 for what happens to a rank by itself, more for what may be a consequence. silent: ranks that did not answer, and say nothing."""
+def _suspicion(failure: Failure, silent: set[int]) -> int:
+    """0 for what happens to a rank by itself, more for what may be a consequence. silent: ranks that did not answer in time, and
+    waited for nobody themselves."""
     if failure.signal == signal.SIGTERM or (failure.signal == signal.SIGKILL and failure.rank in silent):
         return 4  # how a launcher stops the others
     if failure.kind == "lost_peer":
-        return 2 if failure.waited_for in silent - {None} else 3
+        return 2 if failure.waited_for in silent else 3
     if failure.signal == signal.SIGABRT or failure.kind == "exit":
         return 1  # gloo aborts a process whose connection broke at a bad moment
     return 0
