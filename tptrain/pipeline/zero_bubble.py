@@ -82,6 +82,7 @@ def zb_v(ranks: int, stages_per_rank: int, micro_batches: int) -> Schedule:
 
     while len(done) < 3 * 2 * ranks * micro_batches:
         chosen = [choose(rank) for rank in range(ranks)]
+        assert any(chosen), "no rank can go on"
         for rank, action in enumerate(chosen):
             if action is not None:
                 schedule[rank].append(action)
