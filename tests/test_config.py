@@ -9,9 +9,9 @@ from tptrain.config import Config, ConfigError, resolve
 
 
 def unresolved(**changes: object) -> Config:
-    """A small config in which dp and the batch are still open."""
+    """A small config in which dp, the stages and the batch are still open."""
     config = small_config()
-    config.parallel.dp, config.train.global_batch_size = "auto", None
+    config.parallel.dp, config.parallel.stages_per_rank, config.train.global_batch_size = "auto", "auto", None
     for key, value in changes.items():
         group, _, name = key.partition("__")
         setattr(getattr(config, group), name, value)
@@ -67,6 +67,46 @@ def test_resolving_leaves_the_argument_alone() -> None:
         ({"parallel__dp": "two"}, None, None, "parallel.dp=two is neither auto nor a positive integer: use auto, 1, 2, ..."),
         ({"parallel__schedule": "1f2b"}, None, None, "parallel.schedule=1f2b is unknown: use one of gpipe, 1f1b, interleaved, zb_h1, zb_v, "
              "or the path of a file that ends in .txt"),
+        ({"parallel__schedule": "mine.yaml"}, None, None,
+         "parallel.schedule=mine.yaml is unknown: use one of gpipe, 1f1b, interleaved, zb_h1, "
+             "zb_v, or the path of a file that ends in .txt"),
+        ({"parallel__stages_per_rank": 2}, None, None,
+         "parallel.stages_per_rank=2 does not fit parallel.schedule=1f1b, which has 1 stage a rank: "
+             "use 1 or auto, or parallel.schedule=gpipe or interleaved or zb_v"),
+        ({"parallel__schedule": "zb_h1", "parallel__stages_per_rank": 3}, None, None,
+         "parallel.stages_per_rank=3 does not fit parallel.schedule=zb_h1, which has 1 stage a rank: "
+         "use 1 or auto, or parallel.schedule=gpipe or interleaved"),
+        ({"parallel__schedule": "zb_v", "parallel__stages_per_rank": 1}, None, None,
+         "parallel.stages_per_rank=1 does not fit parallel.schedule=zb_v, which has 2 stages a rank: "
+         "use 2 or auto, or parallel.schedule=gpipe or 1f1b or interleaved or zb_h1"),
+        ({"parallel__stages_per_rank": 0}, None, None,
+         "parallel.stages_per_rank=0 is neither auto nor a positive integer: use auto, 1, 2, ..."),
+        ({"parallel__stages_per_rank": "two"}, None, None,
+         "parallel.stages_per_rank=two is neither auto nor a positive integer: use auto, 1, 2, ..."),
+        ({"parallel__schedule": "zb_v", "parallel__pp": 3}, None, None, "parallel.pp=3 x parallel.stages_per_rank=2 needs a layer a stage, "
+             "but model.num_layers=4: use parallel.pp=2 or less, or model.num_layers=6 or more"),
+        ({"parallel__schedule": "gpipe", "parallel__stages_per_rank": 5}, None, None,
+         "parallel.pp=1 x parallel.stages_per_rank=5 needs a layer "
+             "a stage, but model.num_layers=4: use model.num_layers=5 or more"),
+        ({"parallel__pp": 2, "parallel__partition": [1, 2]}, None, None,
+         "parallel.partition=[1, 2] is not 2 numbers of layers, 1 or more each, "
+             "that sum to model.num_layers=4: use balanced, even or [2, 2]"),
+        ({"parallel__pp": 3, "parallel__partition": [2, 2]}, None, None,
+         "parallel.partition=[2, 2] is not 3 numbers of layers, 1 or more each, "
+             "that sum to model.num_layers=4: use balanced, even or [2, 1, 1]"),
+        ({"parallel__pp": 2, "parallel__partition": [0, 4]}, None, None,
+         "parallel.partition=[0, 4] is not 2 numbers of layers, 1 or more each, "
+             "that sum to model.num_layers=4: use balanced, even or [2, 2]"),
+        ({"parallel__pp": 2, "parallel__partition": [1.5, 2.5]}, None, None, "parallel.partition=[1.5, 2.5] is not 2 numbers of layers, "
+             "1 or more each, that sum to model.num_layers=4: use balanced, even or [2, 2]"),
+        ({"parallel__partition": "odd"}, None, None, "parallel.partition=odd is not 1 number of layers, 1 or more each, "
+             "that sum to model.num_layers=4: use balanced, even or [4]"),
+        ({"parallel__schedule": "interleaved", "parallel__pp": 2, "parallel__micro_batches": 5}, None, None,
+         "parallel.micro_batches=5 does not fall into equal groups of at least parallel.pp=2, as parallel.schedule=interleaved asks: "
+         "use 2, 3, 4 or 6, or another schedule"),
+        ({"parallel__schedule": "interleaved", "parallel__pp": 2, "parallel__dp": 1, "train__global_batch_size": 14}, None, None,
+         "parallel.micro_batches=7 does not fall into equal groups of at least parallel.pp=2, as parallel.schedule=interleaved asks: "
+         "use 4, 6, 8 or 10, or another schedule"),
         ({"parallel__recompute": "some"}, None, None, "parallel.recompute=some is unknown: use one of none, selective, full"),
         ({"train__compile": True}, None, None, "train.compile=true is not available: use false"),
         ({"model__num_kv_heads": 3}, None, None, "model.num_kv_heads=3 does not divide model.num_heads=4: use 1, 2 or 4"),
@@ -91,3 +131,37 @@ def test_refusals_name_key_value_rule_and_remedy(changes: dict, started: int | N
     with pytest.raises(ConfigError) as refusal:
         resolve(unresolved(**changes), started, devices)
     assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize(
+    ("schedule", "given", "stages"),
+    [
+        ("gpipe", "auto", 1), ("gpipe", 2, 2), ("1f1b", "auto", 1), ("1f1b", 1, 1), ("interleaved", "auto", 2), ("interleaved", 1, 1),
+        ("zb_h1", "auto", 1), ("zb_v", "auto", 2), ("zb_v", 2, 2), ("some/file.txt", "auto", 1), ("some/file.txt", 2, 2),
+    ],
+)  # fmt: skip
+def test_stages_per_rank(schedule: str, given: int | str, stages: int) -> None:
+    config = resolve(unresolved(parallel__pp=2, parallel__schedule=schedule, parallel__stages_per_rank=given))
+    assert config.parallel.stages_per_rank == stages
+    assert config.parallel.num_stages == 2 * stages
+    assert config.parallel.schedule_is_file == (schedule == "some/file.txt")
+
+
+@pytest.mark.parametrize("partition", ["balanced", "even", [3, 1], [2, 2]])
+def test_partitions_that_fit(partition: object) -> None:
+    assert resolve(unresolved(parallel__pp=2, parallel__partition=partition)).parallel.partition == partition
+
+
+def test_micro_batches_that_interleaving_can_take() -> None:
+    """Those that fall into equal groups of at least pp, or that are fewer; any number with every other schedule."""
+    for pp in (1, 2, 4):
+        for m in range(1, 20):
+            taken = m < pp or any(m % group == 0 and m // group == m // pp for group in range(pp, 2 * pp))
+            config = unresolved(parallel__pp=pp, parallel__micro_batches=m, parallel__schedule="interleaved", model__num_layers=8)
+            if taken:
+                assert resolve(config).parallel.micro_batches == m
+            else:
+                with pytest.raises(ConfigError, match=f"^parallel.micro_batches={m} does not fall into equal groups"):
+                    resolve(config)
+            config.parallel.schedule = "zb_v"
+            assert resolve(config).parallel.micro_batches == m

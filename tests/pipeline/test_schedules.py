@@ -186,13 +186,13 @@ def test_zb_v_s_bubble_is_half_of_zb_h1_s() -> None:
     With m = 1 the way is 2p forwards up and down the V, as many input gradients, and a weight gradient.
     """
     for p in range(1, 12):
-        for m in range(p, 33):
+        for m in (p, p + 1, p + 2, p + 3, 2 * p - 1, 2 * p, 3 * p + 1, 32):
             assert finish_time(zb_v(p, 2, m), ONE_EACH) == 6 * m + p - 1, (p, m)
         assert finish_time(zb_v(p, 2, 1), ONE_EACH) == 4 * p + 1 + (p == 1), p
         for m in range(2, p):
             assert finish_time(zb_v(p, 2, m), ONE_EACH) < 2 * finish_time(zb_h1(p, 1, m), ONE_EACH), (p, m)
-    for p in range(12, 17):
-        for m in (p, p + 4, 2 * p, 64):
+    for p in (12, 14, 16):
+        for m in (p, p + 4, 2 * p):
             assert finish_time(zb_v(p, 2, m), ONE_EACH) <= 6 * m + p - 1 + 5, (p, m)
 
 

@@ -150,6 +150,7 @@ def test_what_the_corpus_is_made_from_is_right() -> None:
     assert validate(schedule_of(OUTSIDE, INSIDE), 1) == [2, 2], "both stages', until the weight gradients"
     merged = INSIDE.replace("2I0", "2B0").replace("1I0", "1B0").replace(" 1W0 2W0", "")
     assert validate(schedule_of(OUTSIDE, merged), 1) == [2, 2], "each stage's backward may be whole or in parts"
+    assert validate(schedule_of("0F0 0I0 0F1 0I1 0W0 0W1"), 2) == [2], "not until the input gradient"
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -224,6 +225,19 @@ def test_sends_that_nobody_takes_in_time() -> None:
     reason = "rank 0, position 11: 0SF5 waits for ever: 2 sends are under way and rank 1 has not reached 1RF3"
     with pytest.raises(ScheduleError, match=f"^{reason}$"):
         validate([first, slow], 6)
+
+
+def test_only_the_oldest_send_makes_room() -> None:
+    """Three stages, three sends under way. Rank 1 sends a gradient that rank 0 has not come to, then activations that rank 2 takes
+    at once: the engine lets go of sends in their order, so the fourth has to wait, and rank 0 with it."""
+    first = [word for m in range(8) for word in (f"0F{m}", f"0SF{m}")] + [word for m in range(8) for word in (f"0RB{m}", f"0B{m}")]
+    second = ["1RF0 1F0 1SF0 1RB0 1B0 1SB0", *(f"1RF{m} 1F{m} 1SF{m}" for m in range(1, 8)), *(f"1RB{m} 1B{m} 1SB{m}" for m in range(1, 8))]
+    third = ["2RF0 2F0 2B0 2SB0", *(f"2RF{m} 2F{m}" for m in range(1, 8)), *(f"2B{m} 2SB{m}" for m in range(1, 8))]
+    reason = "rank 0, position 15: 0SF7 waits for ever: 3 sends are under way and rank 1 has not reached 1RF4"
+    with pytest.raises(ScheduleError, match=f"^{reason}$"):
+        validate(schedule_of(" ".join(first), " ".join(second), " ".join(third)), 8)
+    first.insert(8, first.pop(16))  # 0RB0 in time
+    assert validate(schedule_of(" ".join(first), " ".join(second), " ".join(third)), 8) == [8, 7, 7]
 
 
 class _Graph:

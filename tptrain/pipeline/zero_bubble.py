@@ -1,12 +1,15 @@
 """Schedules that split the backward: the input gradient (I) goes out first, the weight gradient (W) fills what would be a bubble.
 
-zb_h1, p=3, m=4      rank 0  F0 F1 F2       I0 W0 F3 I1 W1 I2 W2 I3 W3
-(Qi et al. 2023)     rank 1     F0 F1    I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
-                     rank 2        F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
+    zb_h1, p=3, m=4      rank 0  F0 F1 F2       I0 W0 F3 I1 W1 I2 W2 I3 W3
+    (Qi et al. 2023)     rank 1     F0 F1    I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
+                         rank 2        F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
 
-zb_v, p=2, m=3; stages 0 and 3 on rank 0, 1 and 2 on rank 1; written stage, kind, micro-batch
-(Qi et al. 2024)     rank 0  0F0 0F1 0F2 3F0 3I0 3W0 3F1 0I0 3I1 0W0 3W1     3F2 0I1 3I2 0W1 3W2 0I2 0W2
-                     rank 1      1F0 2F0 1F1 2F1 2I0 1I0 1W0 2W0 2I1 1F2 2F2 1I1 1W1 2W1 2I2 1I2 1W2 2W2
+    zb_v, p=2, m=3; stages 0 and 3 on rank 0, 1 and 2 on rank 1; written stage, kind, micro-batch
+    (Qi et al. 2024)     rank 0  0F0 0F1 0F2 3F0 3I0 3W0 3F1 0I0 3I1 0W0 3W1     3F2 0I1 3I2 0W1 3W2 0I2 0W2
+                         rank 1      1F0 2F0 1F1 2F1 2I0 1I0 1W0 2W0 2I1 1F2 2F2 1I1 1W1 2W1 2I2 1I2 1W2 2W2
+
+A stage's activations of a micro-batch live until its weight gradient is done. No I and W stand as one B: the stage before waits
+for I alone.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ def zb_v(ranks: int, stages_per_rank: int, micro_batches: int) -> Schedule:
     Made by playing the step with F, I and W of one unit each: a free rank takes, in turn after what it did last, a forward or an
     input gradient that is ready, else a weight gradient. It keeps at most 2p activations of a stage, p micro-batches' worth, and
     leaves the last of them to its second stage, whose backward comes first: so a micro-batch that is under way can always finish.
-    The step takes max(6m + p - 1, 4m + 3p - 1, 2m + 4p - 1) units, half of zb_h1's, for p up to 11, and at most 5 more to p = 16.
+    The step takes 6m + p - 1 units for m >= p (at most 5 more with p from 12 to 16). These units are half of zb_h1's, and so is the bubble.
     """
     assert stages_per_rank == 2
     legs = [(rank, 2 * ranks - 1 - rank) for rank in range(ranks)]
@@ -79,6 +82,7 @@ def zb_v(ranks: int, stages_per_rank: int, micro_batches: int) -> Schedule:
 
     while len(done) < 3 * 2 * ranks * micro_batches:
         chosen = [choose(rank) for rank in range(ranks)]
+        assert any(chosen), "no rank can go on"
         for rank, action in enumerate(chosen):
             if action is not None:
                 schedule[rank].append(action)
