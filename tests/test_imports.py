@@ -26,10 +26,11 @@ ALLOWED: dict[str, set[str]] = {
     "data_parallel": {"mesh"},
     "sampling": {"tensor_parallel", "model"},
     "generate_config": {"config"},
+    "plot_config": {"config"},
     # around them
     "data": {"config", "files"},
     "checkpoint": {"model", "mesh", "config", "files"},
-    "monitor": {"config", "files"},
+    "monitor": {"config", "files", "pipeline"},
     # from a command to running ranks
     "job": {"config"},
     "failures": {"config"},
@@ -39,7 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     "verdict": set(),
     "prove": {"config", "data", "failures", "files", "job", "launch", "verdict"},
     "answer": {"checkpoint", "config", "data", "failures", "generate_config", "job", "launch"},
-    "cli": {"answer", "config", "generate_config", "job", "launch", "prove", "ranks", "refusal"},
+    "plot": {"config", "files", "monitor", "pipeline", "plot_config"},
+    "cli": {"answer", "config", "generate_config", "job", "launch", "plot", "plot_config", "prove", "ranks", "refusal"},
     "__main__": {"cli"},
     "__init__": set(),
 }

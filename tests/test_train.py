@@ -55,7 +55,7 @@ def kill_all(process: subprocess.Popen[str], run_dir: Path) -> None:
 
 def test_the_run_folder(unbroken: Path) -> None:
     assert [step for step, _, _ in losses(unbroken)] == list(range(1, STEPS + 1))
-    keys = ["step", "tokens", "loss", "grad_norm", "lr", "step_time", "tokens_per_second", "mfu", "peak_memory_bytes"]
+    keys = ["step", "tokens", "loss", "grad_norm", "lr", "step_time", "tokens_per_second", "mfu", "bubble_fraction", "peak_memory_bytes"]
     records = read_metrics(unbroken)
     assert list(records[0]) == keys
     assert records[0]["tokens"] == 8 * 16

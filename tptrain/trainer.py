@@ -27,6 +27,7 @@ from tptrain.pipeline.actions import with_transfers
 from tptrain.pipeline.engine import PipelineEngine
 from tptrain.pipeline.partition import even_partition
 from tptrain.pipeline.schedules import SCHEDULES, forward_only
+from tptrain.pipeline.timeline import Span
 from tptrain.pipeline.transfer import Transfer
 from tptrain.pipeline.validate import validate
 from tptrain.tensor_parallel.broadcast import broadcast_from_first
@@ -122,6 +123,11 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return StepResult(totals, lr)
+
+    @property
+    def spans(self) -> list[Span]:
+        """What this rank computed when in the last training step, in seconds of `time.perf_counter`; empty where nobody measured."""
+        return list(getattr(self.engine, "spans", []))
 
     def _count_tokens(self, targets: list[Tensor] | None) -> Tensor:
         """Tokens of the global batch that count, fp64 scalar; only the last stage, which makes the loss, knows them."""
