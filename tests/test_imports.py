@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"tensor_parallel", "model"},
     "generate_config": {"config"},
     "plot_config": {"config"},
+    "plan": {"config", "model", "pipeline"},
     # around them
     "data": {"config", "files"},
     "checkpoint": {"model", "mesh", "config", "files"},
@@ -41,11 +42,13 @@ ALLOWED: dict[str, set[str]] = {
     "prove": {"config", "data", "failures", "files", "job", "launch", "verdict"},
     "answer": {"checkpoint", "config", "data", "failures", "generate_config", "job", "launch"},
     "plot": {"config", "files", "monitor", "pipeline", "plot_config"},
-    "cli": {"answer", "config", "generate_config", "job", "launch", "plot", "plot_config", "prove", "ranks", "refusal"},
+    "cli": {"answer", "config", "generate_config", "job", "launch", "plan", "plot", "plot_config", "prove", "ranks", "refusal"},
     "__main__": {"cli"},
     "__init__": set(),
 }
-BELOW_TRAIN = {"config", "files", "mesh", "tensor_parallel", "model", "pipeline", "optim", "data_parallel", "data", "checkpoint", "monitor"}
+BELOW_TRAIN = {
+    "config", "files", "mesh", "tensor_parallel", "model", "pipeline", "plan", "optim", "data_parallel", "data", "checkpoint", "monitor",
+}  # fmt: skip
 ALLOWED |= {
     "trainer": BELOW_TRAIN,
     "report": BELOW_TRAIN | {"trainer"},
@@ -105,13 +108,14 @@ def test_the_parser_sees_imports() -> None:
     assert ("data", "store", "TokenStore") in imported_modules(PACKAGE / "data" / "__init__.py")
 
 
-BEFORE_RANKS = {"config", "generate_config", "files", "data", "job", "failures", "refusal", "launch", "ranks", "answer", "cli"}
+BEFORE_RANKS = {"config", "generate_config", "files", "data", "job", "failures", "refusal", "launch", "ranks", "answer", "plan", "cli"}
 
 
 def test_no_torch_before_the_ranks_start() -> None:
     """At the top of a module, that is: a refused config and a help text must not wait seconds for torch."""
     paths = [path for path in MODULES if room_of(path) in BEFORE_RANKS] + [PACKAGE / "checkpoint" / "folder.py"]
-    for path in paths:
+    of_pipeline = {path for path in (PACKAGE / "pipeline").glob("*.py") if path.stem not in ("engine", "transfer")}
+    for path in [*paths, *of_pipeline, PACKAGE / "model" / "flops.py"]:
         for node in TREES[path].body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

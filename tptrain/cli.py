@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from tptrain.config import Config, ConfigError, refuse
+from tptrain.config import Config, ConfigError, refuse, resolve
 from tptrain.generate_config import GenerateConfig
 from tptrain.plot_config import PlotConfig
 
@@ -45,8 +45,8 @@ class Verb:
     texts: Mapping[str, str] = field(default_factory=dict)
     """Words whose value on the command line is text as it stands, though Hydra would read more into some characters or into the
     word, and the keys that they set."""
-    sweeps: bool = True
-    """Whether `-m` may start it several times."""
+    keeps: bool = True
+    """Whether it has a run folder; only then may `-m` start it several times."""
 
 
 def train(cfg: DictConfig, run_dir: Path) -> float | None:
@@ -78,6 +78,17 @@ def generate(cfg: DictConfig, run_dir: Path) -> None:
     answer.generate(typed_as(GenerateConfig, cfg))
 
 
+def plan(cfg: DictConfig, run_dir: Path) -> None:
+    """Print the stages of a config's pipeline, its bubble and its schedule; nothing is started."""
+    from tptrain import launch
+
+    if launch.given_place() is not None:
+        raise ConfigError("tptrain plan starts nothing, but this is one of a launcher's processes: run it without torchrun")
+    from tptrain.plan import show
+
+    show.plan(resolve(typed(cfg)))
+
+
 def plot(cfg: DictConfig, run_dir: Path) -> None:
     """Draw a run: `run=FOLDER`."""
     from tptrain import launch
@@ -92,8 +103,9 @@ def plot(cfg: DictConfig, run_dir: Path) -> None:
 VERBS = {
     "train": Verb(train),
     "check": Verb(check),
-    "generate": Verb(generate, "generate", GenerateConfig, {"prompt": "prompt", "checkpoint": "checkpoint.load"}, sweeps=False),
-    "plot": Verb(plot, "plot", PlotConfig, {"run": "run", "to": "to"}, sweeps=False),
+    "generate": Verb(generate, "generate", GenerateConfig, {"prompt": "prompt", "checkpoint": "checkpoint.load"}, keeps=False),
+    "plan": Verb(plan, keeps=False),
+    "plot": Verb(plot, "plot", PlotConfig, {"run": "run", "to": "to"}, keeps=False),
 }
 
 
@@ -129,13 +141,13 @@ def _run(arguments: list[str]) -> int:
     verb = VERBS.get(launch.hide_verb(VERBS) or "", verb)
     place = launch.given_place()
     flags, overrides = _split(arguments)
-    if not verb.sweeps and _is_sweep(flags, overrides):
+    if not verb.keeps and _is_sweep(flags, overrides):
         raise ConfigError("-m starts one job after another, but this verb has no run folders to keep them in: leave -m out")
     overrides = [_as_text(override, verb.texts) for override in overrides]
     if place is not None:
         _check_single_run(flags, overrides, place)
-        if place.rank > 0:
-            overrides = _without_folder(overrides)
+    if not verb.keeps or (place is not None and place.rank > 0):
+        overrides = _without_folder(overrides)
     sys.argv[1:] = [*flags, *overrides]
     try:
         _hydra_main(verb)()
@@ -248,7 +260,7 @@ def _as_text(override: str, texts: Mapping[str, str]) -> str:
 
 
 def _without_folder(overrides: list[str]) -> list[str]:
-    """The overrides of a rank above 0, which makes no run folder: it takes rank 0's."""
+    """The overrides of what makes no run folder: a verb that keeps none, a rank above 0, which takes rank 0's."""
     folder = {"hydra.run.dir": ".", "hydra.output_subdir": "null", "hydra/job_logging": "none", "hydra/hydra_logging": "none"}
     kept = [override for override in overrides if override.partition("=")[0] not in folder]
     return [*kept, *(f"{key}={value}" for key, value in folder.items())]

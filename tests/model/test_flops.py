@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.model.support import gpt2, llama
+from tests.model.support import FAMILIES, gpt2, llama
 from tests.support import small_config
 from tptrain.config import ModelConfig
 from tptrain.mesh import Mesh
-from tptrain.model.flops import flops_per_token, num_parameters
+from tptrain.model.flops import block_flops, flops_per_token, head_flops, num_parameters, stage_parameters
 from tptrain.model.gpt import GPTStage
 from tptrain.model.init import initialise
 
@@ -68,6 +69,16 @@ def test_num_parameters_of_each_choice_alone(mesh: Mesh, changes: dict[str, Any]
     assert num_parameters(model) == sum(parameter.numel() for parameter in stage.parameters())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bounds", [[0, 5], [0, 3, 5], [0, 1, 2, 5]], ids=str)
+def test_parameters_of_each_stage(mesh: Mesh, family: str, tied: bool, bounds: list[int]) -> None:
+    model = FAMILIES[family](num_layers=5, tie_embeddings=tied)
+    for first, last in pairwise(bounds):
+        stage = GPTStage(model, first, last, mesh.tp, torch.device("meta"))
+        assert stage_parameters(model, first, last) == sum(parameter.numel() for parameter in stage.parameters())
+
+
 def addmm_in_place(into: Any, a: tuple[int, int], b: tuple[int, int], **_: Any) -> int:
     """FLOPs of into += a @ b, by shapes; torch counts the other form of addmm alone."""
     return 2 * a[0] * a[1] * b[1]
@@ -93,3 +104,19 @@ def check_flops(mesh: Mesh, model: ModelConfig, seq_len: int) -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         stage(tokens[:, :-1], tokens[:, 1:]).backward()
     assert counter.get_total_flops() == flops_per_token(model, seq_len) * 3 * seq_len
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_flops_of_a_block_and_of_the_head(mesh: Mesh, family: str) -> None:
+    """A stage in the middle has nothing but blocks; the last one also makes the logits."""
+    model, tokens, rows = FAMILIES[family](num_layers=4), 7, 3
+    x = torch.zeros(rows, tokens, model.hidden_size)
+    for (first, last), expected in {
+        (1, 2): block_flops(model, tokens),
+        (1, 3): 2 * block_flops(model, tokens),
+        (3, 4): block_flops(model, tokens) + head_flops(model),
+    }.items():
+        stage = GPTStage(model, first, last, mesh.tp, torch.device("cpu"))
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            stage(x)
+        assert counter.get_total_flops() == expected * rows * tokens

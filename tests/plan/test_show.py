@@ -1,0 +1,59 @@
+"""The verb `plan`: what goes to stdout and to stderr, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.command import command, environment
+
+
+def test_the_schedule_goes_to_stdout_and_the_stages_to_stderr(tmp_path: Path) -> None:
+    outcome = command(tmp_path, "plan", "parallel=pp4", "parallel.schedule=gpipe", "parallel.micro_batches=2", "model.num_layers=8")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines() == [f"{rank}F0 {rank}F1 {rank}B0 {rank}B1" for rank in range(4)]
+    rows = [re.split(r"\s*[│|]\s*", line)[1:-1] for line in outcome.err.splitlines() if re.match(r"[│|]", line)]
+    assert [row[:3] for row in rows] == [["0", "0", "0-1"], ["1", "1", "2-3"], ["2", "2", "4-5"], ["3", "3", "6-7"]]
+    assert sum(float(row[4].rstrip("%")) for row in rows) == pytest.approx(100, abs=0.2), "each rounded to 0.1"
+    assert "activations at most 2 2 2 2 live" in outcome.err
+    assert not list(tmp_path.iterdir()), "no run folder"
+
+
+def test_refused_in_one_line(tmp_path: Path) -> None:
+    for arguments, message in {
+        ("parallel.tp=3",): "parallel.tp=3 does not divide model.num_heads=4: use 1, 2 or 4",
+        ("parallel.pp=9",): "parallel.pp=9 needs a layer a stage",
+        ("-m", "seed=1,2"): "-m starts one job after another, but this verb has no run folders",
+    }.items():
+        outcome = command(tmp_path, "plan", *arguments)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert outcome.err.startswith(f"tptrain: {message}")
+        assert outcome.err.count("\n") == 1
+        assert not list(tmp_path.iterdir())
+
+
+def test_refused_under_a_launcher(tmp_path: Path) -> None:
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    outcome = command(tmp_path, "plan", "parallel.pp=2", **variables)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "run it without torchrun" in outcome.err
+
+
+def test_no_torch_is_imported(tmp_path: Path) -> None:
+    script = """
+import json, sys
+from tptrain.cli import main
+sys.argv = ["tptrain", "plan", "parallel=tp8_pp8", "model=gpt_175b"]
+try:
+    main()
+finally:
+    print(json.dumps([name for name in ("torch", "datasets", "wandb", "numpy", "matplotlib") if name in sys.modules]), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stderr.splitlines()[-1]) == []

@@ -1,0 +1,1 @@
+"""What a config asks for, worked out without running it."""

@@ -1,0 +1,83 @@
+"""The pipeline of a config, priced in FLOPs: what each stage holds, how long the ranks idle, how many activations they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tptrain.config import Config
+from tptrain.model.flops import block_flops, head_flops, stage_parameters
+from tptrain.pipeline.actions import Schedule, placement
+from tptrain.pipeline.partition import partition
+from tptrain.pipeline.schedules import SCHEDULES
+from tptrain.pipeline.simulate import Costs, simulate
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of the pipeline."""
+
+    rank: int
+    """The pipeline rank that holds it."""
+    first_layer: int
+    last_layer: int
+    """One past its last."""
+    parameters: int
+    """Over all its tp ranks."""
+    forward_flops: int
+    """FLOPs of one token's forward."""
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """What the pipeline of a config will be."""
+
+    stages: list[StagePlan]
+    """In the order of the layers."""
+    schedule: Schedule
+    """The computations of each rank."""
+    bubble_fraction: float
+    """The share of the ranks' time in which they do not compute, if FLOPs were all that took time."""
+    peaks: list[int]
+    """Of each rank the most live activations: those that one stage keeps of one micro-batch count as one."""
+
+
+def describe(config: Config) -> PipelinePlan:
+    """The plan of a resolved config's pipeline. Raises ConfigError for a schedule file that cannot run."""
+    model = config.model
+    schedule = _schedule(config)
+    ranks = placement(schedule)
+    bounds = stage_layers(config, ranks)
+    stages = [
+        StagePlan(rank, first, last, stage_parameters(model, first, last), forward_flops(config, first, last))
+        for rank, (first, last) in zip(ranks, bounds, strict=True)
+    ]
+    forward = [stage.forward_flops for stage in stages]
+    backward = [flops + recomputed_flops(config, *layers) for flops, layers in zip(forward, bounds, strict=True)]
+    step = simulate(schedule, Costs(forward, input_gradient=backward, weight_gradient=forward))
+    return PipelinePlan(stages, schedule, step.bubble_fraction, step.peaks)
+
+
+def stage_layers(config: Config, ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """The layers of each stage, as (first, one past last), as `parallel.partition` asks. ranks: of each stage."""
+    model = config.model
+    block = block_flops(model, config.data.seq_len)
+    return partition(config.parallel.partition, model.num_layers, ranks, block, first=0, last=head_flops(model))
+
+
+def forward_flops(config: Config, first_layer: int, last_layer: int) -> int:
+    """FLOPs of one token's forward through a stage; the embedding's are none."""
+    head = head_flops(config.model) if last_layer == config.model.num_layers else 0
+    return (last_layer - first_layer) * block_flops(config.model, config.data.seq_len) + head
+
+
+def recomputed_flops(config: Config, first_layer: int, last_layer: int) -> int:
+    """FLOPs of what a stage's backward makes again: with recompute=full the blocks, with loss_chunk_tokens the logits."""
+    blocks = (last_layer - first_layer) * block_flops(config.model, config.data.seq_len)
+    head = head_flops(config.model) if last_layer == config.model.num_layers else 0
+    return blocks * (config.parallel.recompute == "full") + head * (config.train.loss_chunk_tokens is not None)
+
+
+def _schedule(config: Config) -> Schedule:
+    parallel = config.parallel
+    return SCHEDULES[parallel.schedule](parallel.pp, int(parallel.stages_per_rank), parallel.micro_batches)
