@@ -109,6 +109,7 @@ def test_the_parser_sees_imports() -> None:
 
 
 BEFORE_RANKS = {"config", "generate_config", "files", "data", "job", "failures", "refusal", "launch", "ranks", "answer", "plan", "cli"}
+BEFORE_RANKS |= {"monitor", "plot", "plot_config"}
 
 
 def test_no_torch_before_the_ranks_start() -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from yaml import YAMLError, safe_load
 
 from tptrain.config import refuse
 from tptrain.files import write_atomically
@@ -32,7 +34,7 @@ def plot(config: PlotConfig) -> None:
     """Write what can be drawn, print the paths, and say what is missing. Raises ConfigError where nothing can be drawn."""
     refuse_bad_values(config)
     with rc_context(STYLE):
-        pictures = [*pictures_of_records(read_metrics(config.run_dir)), picture_of_trace(config)]
+        pictures = [*pictures_of_records(read_metrics(config.run_dir), is_pipeline(config.run_dir)), picture_of_trace(config)]
         drawn = {config.folder / name: picture for name, picture in pictures if isinstance(picture, Figure)}
         if not drawn:
             remedy = "use a run folder with a metrics.jsonl or with traces, which train.trace_steps=[5] makes"
@@ -45,17 +47,25 @@ def plot(config: PlotConfig) -> None:
             sys.stderr.write(f"tptrain: {name} is missing, as {picture}\n")
 
 
-def pictures_of_records(records: list[Record]) -> Iterator[Picture]:
-    """The pictures that metrics.jsonl makes."""
+def pictures_of_records(records: list[Record], pipeline: bool) -> Iterator[Picture]:
+    """The pictures that metrics.jsonl makes. pipeline: whether the bubble is worth a picture."""
     for name, draw, keys in (
         ("loss.png", draw_records.loss, ("loss", "val_loss")),
-        ("throughput.png", draw_records.throughput, ("tokens_per_second",)),
+        ("throughput.png", partial(draw_records.throughput, with_bubble=pipeline), ("tokens_per_second",)),
         ("memory.png", draw_records.memory, ("peak_memory_bytes",)),
     ):
         if any(record.get(key) is not None for record in records for key in keys):
             yield name, draw(records)
         else:
             yield name, f"metrics.jsonl has no {' or '.join(keys)}: train at least train.log_every steps"
+
+
+def is_pipeline(run_dir: Path) -> bool:
+    """Whether the run's layers are split over several pipeline ranks; what config.yaml does not say may be."""
+    try:
+        return bool(safe_load((run_dir / "config.yaml").read_bytes())["parallel"]["pp"] != 1)
+    except (OSError, YAMLError, TypeError, KeyError):
+        return True
 
 
 def picture_of_trace(config: PlotConfig) -> Picture:

@@ -31,10 +31,10 @@ def loss(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def throughput(records: Sequence[Record]) -> Figure:
-    """Tokens a second of the whole job; below it the measured bubble, where there is one."""
+def throughput(records: Sequence[Record], with_bubble: bool) -> Figure:
+    """Tokens a second of the whole job; below it, if asked for and known, the measured bubble."""
     steps, bubbles = series(records, "bubble_fraction")
-    has_bubble = any(bubble > 0 for bubble in bubbles)
+    has_bubble = with_bubble and any(map(math.isfinite, bubbles))
     figure, panels = _figure(1 + has_bubble)
     _line(panels[0], *series(records, "tokens_per_second"), BLUE)
     _from_zero(panels[0])
