@@ -25,6 +25,8 @@ lint: $(READY)  ## Run ruff and mypy
 bench: $(READY)  ## Measure speed; results print as ratios
 	$(BIN)/python -m benchmarks.precision
 	$(BIN)/python -m benchmarks.tensor_parallel
+	$(BIN)/python -m benchmarks.pipeline
+	$(BIN)/python -m benchmarks.pipeline_overhead
 
 clean:  ## Remove .venv, caches and tokenised data; runs stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist outputs/token_stores

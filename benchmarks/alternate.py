@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 
 
-def alternate(
+def turns(
     ways: dict[str, Callable[[], object]], rounds: int, warmup: int = 1, before: Callable[[], object] = lambda: None
-) -> dict[str, float]:
-    """Median seconds of each way over `rounds` turns, after `warmup` turns that do not count.
+) -> dict[str, list[float]]:
+    """Seconds of each way in each of `rounds` turns, after `warmup` turns that do not count.
 
     before: called ahead of each way, untimed; a barrier, where several processes take the same turns.
     """
@@ -22,4 +22,16 @@ def alternate(
             way()
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def alternate(
+    ways: dict[str, Callable[[], object]], rounds: int, warmup: int = 1, before: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """Median seconds of each way over the turns; arguments as in `turns`."""
+    return {name: statistics.median(values) for name, values in turns(ways, rounds, warmup, before).items()}
+
+
+def ratio(slower: list[float], faster: list[float]) -> float:
+    """How many times as fast the second way is: the median over the turns of one turn's ratio, in which both met the same noise."""
+    return statistics.median(slow / fast for slow, fast in zip(slower, faster, strict=True))

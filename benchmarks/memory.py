@@ -43,7 +43,7 @@ def bytes_of(tensors: list[Tensor]) -> int:
 def memory_of(trainer: Trainer) -> dict[str, int]:
     """Bytes of parameters, gradients and optimizer state on this rank; takes one step for it."""
     totals = trainer.compute_gradients()
-    parameters = list(trainer.stage.parameters())
+    parameters = [p for _, p in trainer.share.named_parameters()]
     held = {"parameters": bytes_of(parameters), "gradients": bytes_of([p.grad for p in parameters if p.grad is not None])}
     trainer.update(totals)
     states = [value for state in trainer.optimizer.state.values() for value in state.values() if value.ndim]

@@ -12,53 +12,34 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.alternate import alternate
 from benchmarks.dtensor_trainer import DTensorTrainer
+from benchmarks.two_ranks import CPU, RANKS, TIMEOUT_SECONDS, Sizes, add_sizes, barrier, config_of, mesh_of_one, our_step, say, start
 from tests.tensor_parallel.support import collectives
-from tptrain.cli import compose
-from tptrain.config import Config, resolve
+from tptrain.config import Config
 from tptrain.data.sampler import Sampler
 from tptrain.mesh import Mesh, build_mesh
 from tptrain.trainer import Trainer
 
-RANKS = 2
-TIMEOUT_SECONDS = 600
-CPU = torch.device("cpu")
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-3
 """Relative. DTensor's norm adds the squares of millions of elements in fp32 on the CPU, which is off in the fourth digit; ours is not."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """The command line. Sizes are those of the model and of a step."""
+class Options(Sizes):
+    """The command line."""
 
     rounds: int
     sequence_parallel: bool | None
-    layers: int
-    hidden: int
-    heads: int
-    vocab: int
-    seq_len: int
-    micro_batch_size: int
-    micro_batches: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a step."""
-        return self.micro_batches * self.micro_batch_size * self.seq_len
 
     @property
     def variants(self) -> list[bool]:
@@ -71,55 +52,24 @@ def parse() -> Options:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=int, default=4)
     arguments.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction, help="one variant alone; without it, both")
-    sizes = {"layers": 8, "hidden": 512, "heads": 8, "vocab": 16384, "seq-len": 256, "micro-batch-size": 2, "micro-batches": 8}
-    for name, value in sizes.items():
-        arguments.add_argument(f"--{name}", type=int, default=value)
+    add_sizes(arguments)
     return Options(**vars(arguments.parse_args()))
 
 
 # ---- the three ways --------------------------------------------------------------------------------------
 
 
-def config_of(options: Options, tp: int, sequence_parallel: bool) -> Config:
-    """A GPT with a head of its own, as `options` says."""
-    return resolve(
-        compose(
-            [
-                "hardware=cpu", "lr_schedule=constant", "train.eval_steps=0", f"parallel.tp={tp}",
-                f"parallel.sequence_parallel={str(sequence_parallel).lower()}",
-                f"parallel.micro_batch_size={options.micro_batch_size}", f"parallel.micro_batches={options.micro_batches}",
-                f"model.num_layers={options.layers}", f"model.hidden_size={options.hidden}", f"model.num_heads={options.heads}",
-                f"model.ffn_hidden_size={4 * options.hidden}", f"model.vocab_size={options.vocab}",
-                f"model.max_seq_len={options.seq_len}", f"data.seq_len={options.seq_len}", "model.tie_embeddings=false",
-            ]
-        )
-    )  # fmt: skip
-
-
-def mesh_of_one() -> Mesh:
-    """A mesh of this rank alone. Every rank calls this."""
-    rank = dist.get_rank()
-    groups = [dist.new_subgroups_by_enumeration([[r] for r in range(dist.get_world_size())])[0] for _ in range(4)]
-    dp_tp = DeviceMesh.from_group(groups[:2], CPU.type, mesh=torch.tensor([[rank]]), mesh_dim_names=("dp", "tp"))
-    return Mesh(
-        device=CPU, world=groups[0], tp=dp_tp["tp"], dp=dp_tp["dp"], dp_tp=dp_tp, pp_forward=groups[2], pp_backward=groups[3],
-        embedding=None, pp_ranks=(rank,), ranks=[[[rank]]],
-    )  # fmt: skip
+def layout(options: Options, tp: int, sequence_parallel: bool) -> Config:
+    """The GPT of `options` under tp."""
+    return config_of(options, f"parallel.tp={tp}", f"parallel.sequence_parallel={str(sequence_parallel).lower()}")
 
 
 def both_sides(config: Config, mesh: Mesh, tokens: np.ndarray) -> tuple[Trainer, DTensorTrainer]:
     """Our trainer and DTensor's, with the same weights."""
     ours = Trainer(config, mesh, tokens, tokens)
-    weights = {name: parameter.full_tensor() for name, parameter in ours.stage.state_dict().items()}
+    weights = {name: parameter.full_tensor() for name, parameter in ours.share.stages[0].state_dict().items()}
     data = Sampler(tokens, config.data.seq_len, config.seed)
     return ours, DTensorTrainer(config, init_device_mesh("cpu", (RANKS,)), weights, data)
-
-
-def our_step(trainer: Trainer) -> tuple[float, float]:
-    """Loss and gradient norm of one step."""
-    result = trainer.step()
-    result.wait()
-    return result.loss, result.grad_norm
 
 
 def their_step(trainer: DTensorTrainer) -> tuple[float, float]:
@@ -146,7 +96,7 @@ def count_collectives(label: str, ours: Trainer, theirs: DTensorTrainer) -> None
     batch = torch.from_numpy(theirs.data.rows(0, config.parallel.micro_batch_size))
     inputs, targets = batch[:, :-1], batch[:, 1:]
     with collectives() as our_counts:
-        ours.stage(inputs, targets).backward()
+        ours.share.stages[0](inputs, targets).backward()
     with collectives() as their_counts:
         theirs.micro_batch(inputs, targets, targets.numel())
     for trainer in (ours, theirs):
@@ -167,32 +117,26 @@ def text_of(counts: dict[str, int]) -> str:
 # ---- ranks -----------------------------------------------------------------------------------------------
 
 
-def measure(rank: int, folder: str, options: Options) -> None:
+def measure(options: Options) -> None:
     """One rank's part: build all ways, check them, take turns; rank 0 prints."""
-    torch.set_num_threads(1)
     # full_tensor() is slow, which is fine while the sides are built
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
-    timeout = timedelta(seconds=TIMEOUT_SECONDS)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timeout)
-    barrier = partial(dist.barrier, group=dist.group.WORLD)
     tokens = np.random.default_rng(0).integers(0, options.vocab, 100_000 + options.tokens)
     ways: dict[str, Callable[[], object]] = {"one process": lambda: None}
     alone = mesh_of_one()
-    if rank == 0:
-        single = Trainer(config_of(options, 1, False), alone, tokens, tokens)
+    if dist.get_rank() == 0:
+        single = Trainer(layout(options, 1, False), alone, tokens, tokens)
         ways["one process"] = partial(our_step, single)
         say("one process step 1: loss {:.7f}; gradient norm {:.6f}".format(*our_step(single)))
     for sequence_parallel in options.variants:
         label = "tp2 sequence-parallel" if sequence_parallel else "tp2"
-        config = config_of(options, RANKS, sequence_parallel)
+        config = layout(options, RANKS, sequence_parallel)
         ours, theirs = both_sides(config, build_mesh(config.parallel, CPU, TIMEOUT_SECONDS), tokens)
         ways[f"{label} ours"], ways[f"{label} DTensor"] = partial(our_step, ours), partial(their_step, theirs)
         check_equal_work(label, ways[f"{label} ours"], ways[f"{label} DTensor"])  # type: ignore[arg-type]
         count_collectives(label, ours, theirs)
     seconds = alternate(ways, options.rounds, warmup=0, before=barrier)  # the checks have warmed everything up
     report(options, seconds)
-    barrier()
-    os._exit(0)  # a gloo thread may abort a process that ends in the usual way
 
 
 def report(options: Options, seconds: dict[str, float]) -> None:
@@ -203,19 +147,5 @@ def report(options: Options, seconds: dict[str, float]) -> None:
         say(f"{name}: ours is {seconds[f'{name} DTensor'] / seconds[f'{name} ours']:.3f}x as fast as DTensor")
 
 
-def say(line: str) -> None:
-    """Print on rank 0."""
-    if dist.get_rank() == 0:
-        print(line, flush=True)
-
-
-def main() -> None:
-    """Start the ranks and wait for them."""
-    options = parse()
-    os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")  # before the ranks load torch
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(measure, (folder, options), nprocs=RANKS)
-
-
 if __name__ == "__main__":
-    main()
+    start(measure, parse())

@@ -108,7 +108,7 @@ def planted(plant: Plant) -> type:
     class Planted(Trainer):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
-            for _, parameter in self.stage.named_parameters():
+            for _, parameter in self.share.named_parameters():
                 parameter.planted_start = local_part(parameter).clone()
             self._do("start", 0)
 
@@ -125,7 +125,7 @@ def planted(plant: Plant) -> type:
         def _do(self, moment: str, step: int) -> None:
             if (moment, step) == (plant.moment, plant.step) and dist.get_rank() in plant.ranks:
                 with torch.no_grad():
-                    plant.change(dict(self.stage.named_parameters())[plant.name])
+                    plant.change(dict(self.share.named_parameters())[plant.name])
 
     return Planted
 
@@ -276,7 +276,7 @@ def test_all_layouts_and_an_error_in_one_of_them(tmp_path: Path) -> None:
         "    real = Trainer.compute_gradients\n"
         "    def wrong(self):\n"
         "        totals = real(self)\n"
-        "        if self.mesh.tp_size == 2: self.stage.layers['0'].attention.v.weight.grad.to_local().mul_(2)\n"
+        "        if self.mesh.tp_size == 2: self.share.stages[0].layers['0'].attention.v.weight.grad.to_local().mul_(2)\n"
         "        return totals\n"
         "    Trainer.compute_gradients = wrong\n"
     )

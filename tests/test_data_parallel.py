@@ -262,7 +262,7 @@ def check_learning(rank: int, layouts: list[dict[str, int]]) -> None:
             trainer = Trainer(config, mesh_of(**layout), tokens, tokens)
             before = trainer.evaluate()
             losses[precision] = [before, *(trainer.step().loss for _ in range(8)), trainer.evaluate()]
-            assert all(parameter.dtype == torch.float32 for parameter in trainer.stage.parameters())
+            assert all(parameter.dtype == torch.float32 for parameter in trainer.share.modules.parameters())
         assert losses["fp32"][0] - losses["fp32"][-1] > 1, "eight steps must change the loss by far more than bf16 rounds"
         assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01), layout
 
@@ -314,7 +314,7 @@ def check_token_mean(rank: int) -> None:
         assert result.loss == pytest.approx(loss.item(), rel=1e-5), layout
         assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4), layout
         learning_rate = result.lr
-        for name, parameter in trainer.stage.named_parameters():
+        for name, parameter in trainer.share.named_parameters():
             theirs = twin.get_parameter(name)
             expected = whole(theirs) - learning_rate * whole(theirs.grad)
             assert_close(whole(parameter), expected, rtol=1e-4, atol=1e-6, msg=lambda text, n=name, where=layout: f"{where} {n}: {text}")

@@ -100,8 +100,8 @@ CASES = [
 ]  # fmt: skip
 
 
-def train_case(rank: int, cases: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Train each case on this rank; what it saw, by name."""
+def train_case(rank: int, cases: list[tuple[str, Any]], half: int = STEPS // 2) -> dict[str, Any]:
+    """Train each case on this rank, two halves of so many steps; what it saw, by name."""
     from torch.distributed.tensor import DTensor
 
     from tptrain.mesh import build_mesh
@@ -116,12 +116,12 @@ def train_case(rank: int, cases: list[tuple[str, Any]]) -> dict[str, Any]:
         trainer = Trainer(config, mesh, tokens[:3000], tokens[3000:])
 
         def whole(trainer: Trainer = trainer) -> dict[str, torch.Tensor]:
-            return {n: p.detach().full_tensor().clone() for n, p in trainer.stage.named_parameters() if isinstance(p, DTensor)}
+            return {n: p.detach().full_tensor().clone() for n, p in trainer.share.named_parameters() if isinstance(p, DTensor)}
 
         start = {n: hashlib.sha256(w.numpy().tobytes()).hexdigest() for n, w in whole().items()}
-        steps = [trainer.step() for _ in range(STEPS // 2)]
+        steps = [trainer.step() for _ in range(half)]
         val_loss = [trainer.evaluate(), trainer.evaluate()]
-        steps += [trainer.step() for _ in range(STEPS // 2)]
+        steps += [trainer.step() for _ in range(half)]
         results[name] = {
             "start": start, "loss": [s.loss for s in steps], "grad_norm": [s.grad_norm for s in steps],
             "sample": trainer.sample([3, 1, 2], 2, end=-1),
@@ -130,33 +130,29 @@ def train_case(rank: int, cases: list[tuple[str, Any]]) -> dict[str, Any]:
     return results
 
 
-@pytest.fixture(scope="module")
-def serial() -> dict[str, Any]:
+def train_alone(cases: list[Case], half: int = STEPS // 2) -> dict[str, Any]:
     """One process's result for each model and optimizer."""
-    bases = {case.twin: case.config(alone=True) for case in CASES}
-    return run_ranks(1, train_case, list(bases.items()), timeout=540)[0]
+    bases = {case.twin: case.config(alone=True) for case in cases}
+    return run_ranks(1, train_case, list(bases.items()), half, timeout=540)[0]
 
 
-@pytest.fixture(scope="module")
-def parallel() -> dict[str, list[Any]]:
+def train_layouts(cases: list[Case], half: int = STEPS // 2) -> dict[str, list[Any]]:
     """Each rank's results of every case; one start of ranks for each number of processes."""
     results: dict[str, list[Any]] = {}
-    for world in sorted({case.world for case in CASES}):
-        cases = [(case.name, case.config()) for case in CASES if case.world == world]
-        for few in (cases[first : first + 20] for first in range(0, len(cases), 20)):  # each start has its time limit
-            ranks = run_ranks(world, train_case, few, timeout=540)
+    for world in sorted({case.world for case in cases}):
+        named = [(case.name, case.config()) for case in cases if case.world == world]
+        for few in (named[first : first + 20] for first in range(0, len(named), 20)):  # each start has its time limit
+            ranks = run_ranks(world, train_case, few, half, timeout=540)
             results |= {name: [rank[name] for rank in ranks] for name, _ in few}
     return results
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_layout_equals_one_process(case: Case, serial: dict[str, Any], parallel: dict[str, list[Any]]) -> None:
-    """The promise, for one layout."""
-    expected, ranks = serial[case.twin], parallel[case.name]
-    assert len(set(expected["loss"])) == STEPS, "the twin must train"
-    assert expected["loss"][-1] < expected["loss"][0]
+def assert_equal(expected: dict[str, Any], ranks: list[Any]) -> None:
+    """The promise, for one layout: each rank's results beside one process's."""
+    steps = len(expected["loss"])
+    assert len(set(expected["loss"])) == steps, "the twin must train"
     clipped = [norm for norm in expected["grad_norm"] if norm > 0.5]  # optimizer.grad_clip of the small config
-    assert len(clipped) >= STEPS // 2, "clipping must be at work"
+    assert len(clipped) >= steps // 2, "clipping must be at work"
     names = set()
     for result in ranks:
         names |= result["start"].keys()
@@ -170,3 +166,19 @@ def test_layout_equals_one_process(case: Case, serial: dict[str, Any], parallel:
             if not name.endswith("k.bias"):  # its exact gradient is zero (softmax ignores a shift), and Adam scales what rounding leaves
                 assert norm == pytest.approx(expected["end"][name], rel=1e-4, abs=1e-6), name
     assert names == expected["start"].keys(), "the stages together hold the whole model"
+
+
+@pytest.fixture(scope="module")
+def serial() -> dict[str, Any]:
+    return train_alone(CASES)
+
+
+@pytest.fixture(scope="module")
+def parallel() -> dict[str, list[Any]]:
+    return train_layouts(CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_layout_equals_one_process(case: Case, serial: dict[str, Any], parallel: dict[str, list[Any]]) -> None:
+    assert serial[case.twin]["loss"][-1] < serial[case.twin]["loss"][0]
+    assert_equal(serial[case.twin], parallel[case.name])

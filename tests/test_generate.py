@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from tests.command import command, start
+from tests.ranks import run_ranks
 from tests.support import SMALL, small_config
 from tptrain import answer, cli, launch
 from tptrain.config import Config, ConfigError
@@ -80,6 +81,10 @@ def test_greedy_text_is_that_of_the_whole_forward_under_any_tp(run_dir: Path, tm
     assert alone.out == by_whole_forward(run_dir, PROMPT, "step-00000030") + "\n"
     assert alone.err.startswith(f"tptrain: {CONTEXT - len(PROMPT)} tokens, ")
     assert alone.err.count("\n") == 1
+    staged = generate(run_dir, f"prompt={PROMPT}", "temperature=0", "parallel.pp=2", tmp=tmp_path)
+    assert (staged.code, staged.out) == (0, alone.out), staged.err
+    assert staged.err.startswith(f"tptrain: {CONTEXT - len(PROMPT)} tokens, ")
+    assert staged.err.count("\n") == 1
 
     escaped = OTHER.replace("$", "\\$").replace("'", "\\'")  # as Hydra and OmegaConf want it
     prompts = f"prompt=['{PROMPT}','{escaped}']"
@@ -91,21 +96,46 @@ def test_greedy_text_is_that_of_the_whole_forward_under_any_tp(run_dir: Path, tm
     assert second.removesuffix("\n") == by_whole_forward(run_dir, OTHER, "step-00000030")[: len(second) - 1]
     assert split.err.splitlines()[:2] == ["tptrain: text 1 of 2", "tptrain: text 2 of 2"]
     assert len(split.err.splitlines()) == 3
+    both = generate(run_dir, prompts, "parallel.tp=2", "parallel.pp=2", "temperature=0", "max_new_tokens=9", tmp=tmp_path)
+    assert (both.code, both.out, both.err.splitlines()[:2]) == (0, split.out, split.err.splitlines()[:2]), both.err
+
+
+def test_each_stage_loads_its_layers_by_name(run_dir: Path) -> None:
+    """Every parameter is that of the whole model, and the stages together have them all; the tied embedding twice."""
+    names = run_ranks(3, check_stage_weights, run_dir)
+    assert names[0] & names[2] == {"embedding.weight"}
+    assert not names[1] & (names[0] | names[2])
+
+
+def check_stage_weights(rank: int, run_dir: Path) -> set[str]:
+    config: Config = Job.load("train", run_dir, run_dir).config
+    checkpoint = run_dir / "checkpoints" / "step-00000030"
+    whole = load_stage(config, checkpoint, build_mesh(replace(config.parallel, tp=1, dp=3), torch.device("cpu"), 60))
+    stage = load_stage(config, checkpoint, build_mesh(replace(config.parallel, tp=1, pp=3), torch.device("cpu"), 60))
+    for name, parameter in stage.named_parameters():
+        assert torch.equal(parameter.to_local(), whole.get_parameter(name).to_local()), name
+    gathered: list[set[str]] = [set()] * 3
+    dist.all_gather_object(gathered, {name for name, _ in stage.named_parameters()})
+    assert set.union(*gathered) == {name for name, _ in whole.named_parameters()}
+    assert list(stage.layers) == [["0", "1"], ["2"], ["3"]][rank]
+    return gathered[rank]
 
 
 def test_an_earlier_checkpoint_and_a_reader_that_leaves(run_dir: Path, tmp_path: Path) -> None:
     earlier = generate(run_dir, "checkpoint=step-00000020", "temperature=0", "echo=false", tmp=tmp_path)
     assert earlier.out == by_whole_forward(run_dir, "", "step-00000020") + "\n"
 
-    process = start(run_dir.parent, "generate", "run=run", "hardware=cpu", TMPDIR=str(tmp_path))
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()  # as `| head` does
-    errors = process.stderr.read()
-    assert process.wait(60) == 0
-    assert errors.startswith("tptrain: ")
-    assert errors.count("\n") == 1
-    assert not list(tmp_path.glob("tptrain*"))
+    for layout in ("parallel.pp=1", "parallel.pp=2"):
+        process = start(run_dir.parent, "generate", "run=run", "hardware=cpu", layout, TMPDIR=str(tmp_path))
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # as `| head` does
+        errors = process.stderr.read()
+        assert process.wait(60) == 0
+        assert errors.startswith("tptrain: ")
+        assert errors.count("\n") == 1
+        assert int(errors.split()[1]) < CONTEXT - 1, "it stopped before the last token"
+        assert not list(tmp_path.glob("tptrain*"))
 
 
 def test_bf16_weights_are_the_rounded_ones(run_dir: Path) -> None:
@@ -161,6 +191,8 @@ def run_here(run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         ("run=run checkpoint=step-00000010", "checkpoint=step-00000010 is no complete checkpoint: use latest, step-00000020, step-"),
         ("run=run parallel.tp=3", "parallel.tp=3 does not divide model.num_heads=4: use 1, 2 or 4"),
         ("run=run parallel.tp=0", "parallel.tp=0 is below 1: use 1 or more"),
+        ("run=run parallel.pp=0", "parallel.pp=0 is below 1: use 1 or more"),
+        ("run=run parallel.pp=5", "parallel.pp=5 needs a layer a stage, but the run's model has 4: use 4 or less"),
         ("run=run top_p=0", "top_p=0.0 is no share: use a number above 0"),
         ("run=run top_p=1.1", "top_p=1.1 is no share: use a number above 0"),
         ("run=run top_k=0", "top_k=0 is below 1: use 1 or more"),
@@ -219,6 +251,17 @@ def test_only_a_failure_leaves_its_logs(run_dir: Path, tmp_path: Path, monkeypat
     with pytest.raises(type(error)):
         answer.generate(config)
     assert len(list(tmp_path.iterdir())) == left
+
+
+def test_how_the_run_was_cut_does_not_matter(run_dir: Path) -> None:
+    """Its schedule, its stages and its partition are those of the training."""
+    interleaved = small_config(parallel__pp=2, parallel__schedule="interleaved", parallel__stages_per_rank=2)
+    listed = small_config(parallel__pp=2, parallel__partition=[3, 1])
+    for trained in (interleaved, listed):
+        for pp in (1, 4):
+            config = cli.compose([f"run={run_dir}", f"parallel.pp={pp}", "parallel.tp=2", "hardware=cpu"], "generate")
+            resolved = answer.launch.settle(answer._in_layout(trained, config), None)
+            assert resolved.processes == config.processes == 2 * pp
 
 
 def test_tokens_asked_for_by_default(run_dir: Path) -> None:

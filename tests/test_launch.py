@@ -195,12 +195,14 @@ def test_kinds_of_errors():
         ({0: ("error", 10.0), 1: ("error", 9.0)}, {0: 1, 1: 1}, 1),
         ({1: ("error", 30.0)}, {0: -6, 1: 1}, 1),  # gloo aborted a follower
         ({}, {0: -15, 1: 3}, 1),
+        ({0: ("lost_peer", 9.0, 1), 1: ("lost_peer", 10.0, 2), 3: ("lost_peer", 11.0, 2)}, {0: 1, 1: 1, 2: -9, 3: 1}, 1),  # 2 froze
+        ({0: ("lost_peer", 9.0, 1)}, {0: 1, 1: -9}, 0),
     ],
 )
 def test_root_cause(records: dict, exits: dict, cause: int, tmp_path: Path):
     (tmp_path / "logs").mkdir()
-    for rank, (kind, when) in records.items():
-        failure = Failure(rank, when, kind, "text", "Traceback")
+    for rank, (kind, when, *waited_for) in records.items():
+        failure = Failure(rank, when, kind, "text", "Traceback", waited_for=waited_for[0] if waited_for else None)
         failures._record_path(tmp_path, rank).write_text(json.dumps(failure.__dict__))
     found = failures.root_cause(tmp_path, {rank: (code, 20.0) for rank, code in exits.items()})
     assert found.rank == cause

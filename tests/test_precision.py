@@ -25,10 +25,10 @@ def train_all(rank: int, configs: list[Any]) -> list[dict[str, Any]]:
         tokens = skewed_tokens(4000, config.model.vocab_size)
         trainer = Trainer(config, build_mesh(config.parallel, torch.device("cpu"), 60), tokens[:3000], tokens[3000:])
         seen: set[str] = set()
-        block = next(iter(trainer.stage.layers.values()))
+        block = next(iter(next(iter(trainer.share.stages.values())).layers.values()))
         block.register_forward_hook(lambda module, inputs, output, seen=seen: seen.add(str(output.dtype)))
         losses = [trainer.step().loss for _ in range(STEPS)]
-        weights = {str(p.dtype) for p in trainer.stage.parameters()}
+        weights = {str(p.dtype) for p in trainer.share.modules.parameters()}
         results.append({"loss": losses, "val_loss": trainer.evaluate(), "weights": weights, "computed": seen})
     return results
 

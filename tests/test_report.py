@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +18,11 @@ from tptrain.mesh import build_mesh
 from tptrain.monitor.metrics import read_metrics
 from tptrain.monitor.trace import find_traces, read_trace
 from tptrain.pipeline.actions import Action, Kind
+from tptrain.pipeline.schedules import SCHEDULES
 from tptrain.pipeline.timeline import Span
 from tptrain.report import Report
 from tptrain.train import train
-from tptrain.trainer import StepResult, Trainer
+from tptrain.trainer import StepResult
 
 RESULT = StepResult(torch.tensor([4.0, 6.0, 3.0], dtype=torch.float64), lr=0.5)
 
@@ -35,7 +37,7 @@ def spans_of(rank: int) -> list[Span]:
 
 def report_of(config: Config, folder: Path) -> Report:
     """A report without a model to speak of."""
-    trainer = SimpleNamespace(stage=torch.nn.Linear(3, 2 + torch.distributed.get_rank()), steps_done=0)
+    trainer = SimpleNamespace(share=torch.nn.Linear(3, 2 + torch.distributed.get_rank()), steps_done=0)
     split = SimpleNamespace(num_tokens=1)
     mesh = build_mesh(config.parallel, torch.device("cpu"), 60)
     return Report(config, mesh, trainer, folder, SimpleNamespace(train=split, val=split))  # type: ignore[arg-type]
@@ -93,30 +95,23 @@ def begin_late(rank: int, folder: Path) -> float:
 
 
 def test_a_training_traces_the_steps_that_it_should(tmp_path: Path) -> None:
+    """With the engine's own spans, on ranks whose clocks differ."""
     changes = {"data__vocab_size": 64, "data__num_sequences": 64, "data__store_dir": str(tmp_path / "stores")}
     config = small_config(parallel__pp=2, train__trace_steps=[2, 9], train__max_steps=3, train__eval_steps=0, **changes)
-    run_ranks(2, train_and_trace, config, tmp_path / "run", prepare(config))
+    run_ranks(2, train_on_own_clock, config, tmp_path / "run", prepare(config))
     assert list(find_traces(tmp_path / "run")) == [2]
-    first, second = read_trace(find_traces(tmp_path / "run")[2]).pipeline()
-    for spans, stage in ((first, 0), (second, 1)):
-        (span,) = spans
-        assert span.action == Action(Kind.FORWARD, stage, 2), "of step 2, not of another"
-        assert 0 <= span.start < 1, "since this rank's own zero"
-        assert 0 < span.end - span.start < 30
-    assert [record["bubble_fraction"] is not None for record in read_metrics(tmp_path / "run")] == [True] * 3
+    timeline = read_trace(find_traces(tmp_path / "run")[2]).pipeline()
+    for spans, actions in zip(timeline, SCHEDULES["1f1b"](2, 1, 4), strict=True):
+        assert [span.action for span in spans] == actions
+        assert spans[0].start >= 0
+        assert spans[-1].end < 30, "since this rank's own zero"
+        assert all(before.start < before.end <= after.start for before, after in pairwise(spans))
+    records = read_metrics(tmp_path / "run")
+    assert len(records) == 3
+    assert all(0 < record["bubble_fraction"] < 1 for record in records)
 
 
-def train_and_trace(rank: int, config: Config, run_dir: Path, store_dir: Path) -> None:
-    """A training whose clocks differ by a thousand seconds; each step counts as one forward of a micro-batch of its number."""
-    clock, step, measured = time.perf_counter, Trainer.step, []
+def train_on_own_clock(rank: int, config: Config, run_dir: Path, store_dir: Path) -> None:
+    clock = time.perf_counter
     time.perf_counter = lambda: clock() + 1000 * rank  # type: ignore[assignment]
-
-    def timed_step(trainer: Trainer) -> StepResult:
-        start = time.perf_counter()
-        result = step(trainer)
-        measured[:] = [Span(Action(Kind.FORWARD, rank, trainer.steps_done), start, time.perf_counter())]
-        return result
-
-    Trainer.step = timed_step  # type: ignore[method-assign]
-    Trainer.spans = property(lambda trainer: list(measured))  # type: ignore[assignment,method-assign]
     train(config, run_dir, store_dir)

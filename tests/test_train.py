@@ -68,6 +68,7 @@ def test_the_run_folder(unbroken: Path) -> None:
     assert (unbroken / ".hydra/overrides.yaml").is_file()
     assert (unbroken / "config.yaml").is_file()
     assert (unbroken / "logs/rank-0.log").is_file()
+    assert [path.name for path in (unbroken / "traces").iterdir()] == ["step-00000005.json"], "train.trace_steps=[5]"
 
 
 def test_the_loss_starts_at_chance_and_falls(unbroken: Path) -> None:

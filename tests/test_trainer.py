@@ -38,7 +38,7 @@ def batch_of(trainer: Trainer) -> tuple[Tensor, Tensor]:
 
 def token_losses(trainer: Trainer, inputs: Tensor, targets: Tensor) -> Tensor:
     """Each token's loss by torch's own cross entropy, [b * s]; 0 where it does not count."""
-    logits = trainer.stage(inputs).flatten(0, 1)
+    logits = trainer.share.stages[0](inputs).flatten(0, 1)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
 
 
@@ -66,16 +66,16 @@ def test_the_scale_is_applied_once_however_the_batch_is_cut(micro_batch_size: in
 def check_scale(rank: int, micro_batch_size: int) -> None:
     trainer = trainer_of(small_config(parallel__micro_batch_size=micro_batch_size, **SGD))
     token_losses(trainer, *batch_of(trainer)).mean().backward()
-    expected = {name: whole_gradient(parameter) for name, parameter in trainer.stage.named_parameters()}
+    expected = {name: whole_gradient(parameter) for name, parameter in trainer.share.named_parameters()}
     trainer.optimizer.zero_grad()
     totals = trainer.compute_gradients()
-    for name, parameter in trainer.stage.named_parameters():
+    for name, parameter in trainer.share.named_parameters():
         torch.testing.assert_close(whole_gradient(parameter), expected[name], rtol=1e-4, atol=1e-6)
     assert totals[0].sqrt().item() == pytest.approx(sum(g.double().square().sum().item() for g in expected.values()) ** 0.5, rel=1e-5)
-    before = {name: parameter.detach().full_tensor().clone() for name, parameter in trainer.stage.named_parameters()}  # type: ignore[attr-defined]
+    before = {name: parameter.detach().full_tensor().clone() for name, parameter in trainer.share.named_parameters()}  # type: ignore[attr-defined]
     result = trainer.update(totals)
     decay = trainer.config.optimizer.weight_decay
-    for name, parameter in trainer.stage.named_parameters():
+    for name, parameter in trainer.share.named_parameters():
         step = expected[name] + (decay * before[name] if parameter.ndim > 1 else 0)
         after: Any = parameter.detach()
         torch.testing.assert_close(after.full_tensor(), before[name] - result.lr * step, rtol=1e-5, atol=1e-7)
@@ -110,5 +110,5 @@ def test_a_tied_embedding_on_two_stages_counts_once_and_has_one_gradient() -> No
 def embedding_gradient(rank: int, config: Config) -> dict[str, Any]:
     trainer = trainer_of(config)
     totals = trainer.compute_gradients()
-    gradient = whole_gradient(trainer.stage.embedding.weight)
+    gradient = whole_gradient(next(iter(trainer.share.stages.values())).embedding.weight)
     return {"norm": totals[0].sqrt().item(), "gradient": gradient.flatten()[:: gradient.numel() // 500].tolist()}

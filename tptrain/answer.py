@@ -94,8 +94,14 @@ def find_checkpoint(config: GenerateConfig, run_dir: Path) -> Path:
 
 
 def _in_layout(trained: Config, config: GenerateConfig) -> Config:
-    """The run's config under the layout and on the device asked for, whose checks say whether that can be."""
-    parallel = replace(trained.parallel, tp=config.parallel.tp, pp=1, dp=1, sequence_parallel=False, micro_batch_size=1, micro_batches=1)
+    """The run's config under the layout and on the device asked for, whose checks say whether that can be. Raises ConfigError."""
+    tp, pp, layers = config.parallel.tp, config.parallel.pp, trained.model.num_layers
+    if pp > layers:
+        raise refuse("parallel.pp", pp, f"needs a layer a stage, but the run's model has {layers}", f"use {layers} or less")
+    parallel = replace(
+        trained.parallel, tp=tp, pp=pp, dp=1, sequence_parallel=False, micro_batch_size=1, micro_batches=1,
+        schedule="gpipe", stages_per_rank=1, partition="even",
+    )  # fmt: skip
     train = replace(trained.train, global_batch_size=None)
     return replace(trained, parallel=parallel, train=train, hardware=config.hardware, launch=config.launch)
 

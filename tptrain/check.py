@@ -33,12 +33,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from tptrain.config import Config
 from tptrain.data.store import TokenStore
 from tptrain.mesh import Mesh, build_mesh, own_device
+from tptrain.share import ModelShare
 from tptrain.tensor_parallel.parameter import local_part
 from tptrain.trainer import Trainer
 from tptrain.verdict import TENSORS, UPDATE_LIMIT
@@ -115,45 +116,45 @@ def run_layout(config: Config, run_dir: Path, store_dir: Path) -> dict[str, Any]
     """
     folder = run_dir.parent / TENSORS
     norms = json.loads((folder / "measured.json").read_text())["grad_norm"]
-    found: dict[str, Compared] = {}
+    found: list[Compared] = []
 
     def compare(moment: str, step: int, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        for name, tensor in tensors:
+        for place, (name, tensor) in enumerate(tensors):  # always in the same order; a tied embedding may come twice
             expected = _load(folder, moment, step, name)
             if moment == "start":
-                found[name] = _compare_start(name, tensor, expected)
+                found.append(_compare_start(name, tensor, expected))
             elif moment == "gradient":
-                _compare_gradient(found[name], tensor, expected, NOISE * norms[step - 1])
+                _compare_gradient(found[place], tensor, expected, NOISE * norms[step - 1])
             else:
-                _compare_update(found[name], tensor, expected, folder, step)
+                _compare_update(found[place], tensor, expected, folder, step)
 
-    mesh, measured = _run(config, store_dir, compare, lambda stage, step: _take_over(stage, folder, step))
+    mesh, measured = _run(config, store_dir, compare, lambda share, step: _take_over(share, folder, step))
     gathered: list[Any] | None = [None] * mesh.world.size() if dist.get_rank() == 0 else None
-    dist.gather_object([asdict(one) for one in found.values()], gathered, dst=0, group=mesh.world)
+    dist.gather_object([asdict(one) for one in found], gathered, dst=0, group=mesh.world)
     return {**measured, "parameters": [one for rank in gathered or () for one in rank]}
 
 
 def _run(
-    config: Config, store_dir: Path, look: Look, after: Callable[[nn.Module, int], None] | None = None
+    config: Config, store_dir: Path, look: Look, after: Callable[[ModelShare, int], None] | None = None
 ) -> tuple[Mesh, dict[str, list[float]]]:
     """Build what training builds, and take check.steps steps, with a look at the start, at each gradient and at each update.
 
-    after: called with the stage and the step when all has been seen of it.
+    after: called with the rank's share of the model and the step when all has been seen of it.
     """
     device = own_device(config.hardware.device)
     mesh = build_mesh(config.parallel, device, config.launch.timeout_seconds)
     store = TokenStore.open(store_dir)
     trainer = Trainer(config, mesh, store.train.tokens, store.val.tokens)
     measured: dict[str, list[float]] = {"loss": [], "grad_norm": []}
-    look("start", 0, _whole(trainer.stage, gradients=False))
+    look("start", 0, _whole(trainer.share, gradients=False))
     for step in range(1, config.check.steps + 1):
         totals = trainer.compute_gradients()
-        look("gradient", step, _whole(trainer.stage, gradients=True))
+        look("gradient", step, _whole(trainer.share, gradients=True))
         result = trainer.update(totals)
         result.wait()
-        look("update", step, _whole(trainer.stage, gradients=False))
+        look("update", step, _whole(trainer.share, gradients=False))
         if after is not None:
-            after(trainer.stage, step)
+            after(trainer.share, step)
         measured["loss"].append(result.loss)
         measured["grad_norm"].append(result.grad_norm)
     return mesh, measured
@@ -162,12 +163,12 @@ def _run(
 # ---- whole tensors ---------------------------------------------------------------------------------------
 
 
-def _whole(stage: nn.Module, gradients: bool) -> Iterator[tuple[str, Tensor]]:
+def _whole(share: ModelShare, gradients: bool) -> Iterator[tuple[str, Tensor]]:
     """Each parameter's weights or gradient, gathered and on the CPU, where this rank is one of those to look at it.
 
-    All ranks of a stage walk through it together, to the end, as each gathering takes all of them.
+    All ranks that share stages walk through it together, to the end, as each gathering takes all of them.
     """
-    for name, parameter in stage.named_parameters():
+    for name, parameter in share.named_parameters():
         tensor = parameter.detach()
         if gradients:
             tensor = torch.zeros_like(tensor) if parameter.grad is None else parameter.grad
@@ -180,9 +181,9 @@ def _whole(stage: nn.Module, gradients: bool) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def _take_over(stage: nn.Module, folder: Path, step: int) -> None:
+def _take_over(share: ModelShare, folder: Path, step: int) -> None:
     """Give this rank's part of each parameter the value that it has in the one process after `step`."""
-    for name, parameter in stage.named_parameters():
+    for name, parameter in share.named_parameters():
         assert isinstance(parameter, DTensor), f"{name} has no label"
         mesh, part = parameter.device_mesh, local_part(parameter)
         whole = _load(folder, "update", step, name).to(part.device)

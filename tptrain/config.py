@@ -306,7 +306,6 @@ def resolve(config: Config, started: int | None = None, devices: int | None = No
     _check_model(config)
     _check_partition(config)
     _resolve_batch(config)
-    _check_micro_batches(config.parallel)
     return config
 
 
@@ -411,19 +410,6 @@ def _check_partition(config: Config) -> None:
         rule = f"is not {stages} number{'s' * (stages > 1)} of layers, 1 or more each, that sum to model.num_layers={layers}"
         example = [layers // stages + (stage < layers % stages) for stage in range(stages)]
         raise refuse("parallel.partition", sizes, rule, f"use balanced, even or {_text(example)}")
-
-
-def _check_micro_batches(parallel: ParallelConfig) -> None:
-    """Whether the schedule can take the number of micro-batches."""
-
-    def fits(number: int) -> bool:
-        return number % max(1, number // parallel.pp) == 0
-
-    number = parallel.micro_batches
-    if parallel.schedule == "interleaved" and not fits(number):
-        rule = f"does not fall into equal groups of at least parallel.pp={parallel.pp}, as parallel.schedule=interleaved asks"
-        good = _near([other for other in range(1, 2 * number) if fits(other)], number, 4)
-        raise refuse("parallel.micro_batches", number, rule, f"use {good}, or another schedule")
 
 
 def _resolve_batch(config: Config) -> None:

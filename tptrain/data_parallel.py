@@ -50,6 +50,16 @@ class DataParallel:
             root.set_is_last_backward(is_last)
             self._syncing = is_last
 
+    def reduce(self) -> None:
+        """Reduce gradients, and give the gathered weights back, after the last backward: where it is not what completed them.
+
+        `fully_shard` offers this to nobody but its own hook at the end of a backward, which is called here as
+        `torch.distributed.pipelining` calls it.
+        """
+        if self.modules:
+            self.before_backward(is_last=True)
+            fully_shard.state(self.modules[-1])._root_post_backward_final_callback()  # type: ignore[attr-defined]
+
     def release(self) -> None:
         """Give the gathered weights back after forwards without a backward; the parameters are the fp32 shards again."""
         for module in self.modules:

@@ -6,6 +6,9 @@ When one rank fails, all others fail too, a moment later, with errors of the con
     rank 0   Connection closed by peer [127.0.0.1]:4711  <- a follower
     rank 1   killed by SIGTERM                           <- stopped by the launcher
 
+A rank that is frozen writes nothing, and is killed in the end because it does not stop; then the cause is that another waited for it
+in vain.
+
 So each rank leaves `logs/rank-N.error.json` before it tears anything down, and whoever started the ranks reads
 these files and the exit codes, and shows the cause alone. Followers' tracebacks stay in `logs/rank-N.log`.
 """
@@ -45,6 +48,8 @@ class Failure:
     """One line."""
     traceback: str = ""
     signal: int = 0
+    waited_for: int | None = None
+    """The rank that did not answer in time."""
 
 
 class JobFailed(RuntimeError):
@@ -79,7 +84,7 @@ def record(run_dir: Path, rank: int, error: BaseException) -> Failure:
     """Write down that `rank` fell by `error`: the traceback into its log, all of it into `logs/rank-N.error.json`."""
     text = "".join(traceback.format_exception(error))
     message = str(error) if isinstance(error, ConfigError) else one_line(error)
-    failure = Failure(rank, time.time(), kind_of(error), message, text)
+    failure = Failure(rank, time.time(), kind_of(error), message, text, waited_for=_waited_for(error))
     path = _record_path(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renamed into place: the reader never sees half a file, even if this rank is killed meanwhile.
@@ -102,8 +107,10 @@ def root_cause(run_dir: Path, exits: dict[int, tuple[int, float]]) -> Failure:
 
     exits: for each rank that did not leave with 0, its exit code (negative: minus the signal) and when it was seen.
     """
-    failures = [_read(_record_path(run_dir, rank)) or _from_exit(rank, code, seen) for rank, (code, seen) in exits.items()]
-    return min(failures, key=lambda failure: (_suspicion(failure), failure.time))
+    records = {rank: _read(_record_path(run_dir, rank)) for rank in exits}
+    silent = {failure.waited_for for failure in records.values() if failure} - {rank for rank, failure in records.items() if failure}
+    failures = [records[rank] or _from_exit(rank, code, seen) for rank, (code, seen) in exits.items()]
+    return min(failures, key=lambda failure: (_suspicion(failure, silent), failure.time))
 
 
 def recorded_cause(run_dir: Path) -> Failure | None:
@@ -129,15 +136,26 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def _suspicion(failure: Failure) -> int:
-    """0 for what happens to a rank by itself, more for what may be a consequence."""
-    if failure.signal == signal.SIGTERM:
-        return 3  # how a launcher stops the others
+def _suspicion(failure: Failure, silent: set[int | None]) -> int:
+    """0 for what happens to a rank by itself, more for what may be a consequence. silent: ranks that did not answer, and say nothing."""
+    if failure.signal == signal.SIGTERM or (failure.signal == signal.SIGKILL and failure.rank in silent):
+        return 4  # how a launcher stops the others
     if failure.kind == "lost_peer":
-        return 2
+        return 2 if failure.waited_for in silent - {None} else 3
     if failure.signal == signal.SIGABRT or failure.kind == "exit":
         return 1  # gloo aborts a process whose connection broke at a bad moment
     return 0
+
+
+def _waited_for(error: BaseException) -> int | None:
+    """The rank that did not answer in time, where the error or one that it grew from says so."""
+    link: BaseException | None = error
+    while link is not None:
+        waited_for: int | None = getattr(link, "waited_for", None)
+        if waited_for is not None and re.search(r"[Tt]imed? ?out", str(link)):
+            return waited_for
+        link = link.__cause__ or link.__context__
+    return None
 
 
 def _from_exit(rank: int, code: int, seen: float) -> Failure:

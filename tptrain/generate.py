@@ -18,8 +18,9 @@ from tptrain.data.tokenizers import ByteTokenizer, load_tokenizer
 from tptrain.generate_config import GenerateConfig
 from tptrain.job import Job
 from tptrain.mesh import Mesh, build_mesh, own_device
-from tptrain.model.decode import Decoder
 from tptrain.model.gpt import GPTStage
+from tptrain.pipeline.partition import even_partition
+from tptrain.pipeline_decoder import PipelineDecoder
 from tptrain.sampling import Chooser, Sampling, continuations
 from tptrain.tensor_parallel.parameter import compute_in
 
@@ -35,7 +36,7 @@ def generate(config: GenerateConfig) -> dict[str, float]:
     """
     device = own_device(config.hardware.device)
     trained: Config = Job.load("train", Path(config.run), Path(config.run)).config
-    layout = replace(trained.parallel, tp=config.parallel.tp, pp=1, dp=1)
+    layout = replace(trained.parallel, tp=config.parallel.tp, pp=config.parallel.pp, dp=1)
     mesh = build_mesh(layout, device, config.launch.timeout_seconds)
     tokenizer = load_tokenizer(trained.data)
     assert tokenizer is not None, "the launcher has seen to it"
@@ -43,9 +44,9 @@ def generate(config: GenerateConfig) -> dict[str, float]:
     stage = load_stage(trained, Path(config.checkpoint.load), mesh)
 
     prompts = [encode(tokenizer, prompt) for prompt in config.prompts]
-    decoder = Decoder(stage, len(prompts), max(map(len, prompts)) + config.max_new_tokens)
+    decoder = PipelineDecoder(stage, mesh, len(prompts), max(map(len, prompts)) + config.max_new_tokens)
     chooser = Chooser(Sampling(config.temperature, config.top_k, config.top_p, config.seed), range(len(prompts)))
-    output = Output(config.prompts, tokenizer, config.echo) if mesh.tp_rank == 0 else None
+    output = Output(config.prompts, tokenizer, config.echo) if mesh.world.rank() == 0 else None
     began, count = time.perf_counter(), 0
     is_open = output.is_open if output else lambda: True
     for tokens in continuations(decoder, prompts, config.max_new_tokens, chooser, tokenizer.end_of_document, is_open):
@@ -57,9 +58,10 @@ def generate(config: GenerateConfig) -> dict[str, float]:
 
 
 def load_stage(trained: Config, checkpoint: Path, mesh: Mesh) -> GPTStage:
-    """The whole model with a checkpoint's weights, in the dtype that the run computes in: there are no updates to keep fp32 for."""
+    """This rank's stage with a checkpoint's weights, in the dtype that the run computes in: there are no updates to keep fp32 for."""
     dtype = _DTYPES[trained.train.precision]
-    stage = GPTStage(trained.model, 0, trained.model.num_layers, mesh.tp, mesh.device).to(dtype)
+    first_layer, last_layer = even_partition(trained.model.num_layers, mesh.pp_size)[mesh.pp_rank]
+    stage = GPTStage(trained.model, first_layer, last_layer, mesh.tp, mesh.device).to(dtype)
     compute_in(stage, dtype)
     load_model(checkpoint, stage, mesh.world)
     return stage

@@ -15,6 +15,8 @@ class GenerateParallelConfig:
 
     tp: int
     """Tensor-parallel size: ranks that share each layer, and each token's keys and values."""
+    pp: int
+    """Pipeline-parallel size: ranks that share the stack of layers, and the keys and values with it."""
 
 
 @dataclass
@@ -53,7 +55,7 @@ class GenerateConfig:
     @property
     def processes(self) -> int:
         """Ranks of the layout."""
-        return self.parallel.tp
+        return self.parallel.tp * self.parallel.pp
 
     @property
     def prompts(self) -> list[str]:

@@ -31,14 +31,14 @@ class Mesh:
     tp: DeviceMesh
     dp: DeviceMesh
     dp_tp: DeviceMesh
-    pp_forward: dist.ProcessGroup
-    """Activations travel here, from each stage to the next."""
-    pp_backward: dist.ProcessGroup
-    """Gradients travel here. Two groups, so that on NCCL neither direction queues behind the other."""
+    pp_up: dist.ProcessGroup
+    """This rank's pipeline; what one of its ranks sends to a higher one travels here."""
+    pp_down: dist.ProcessGroup
+    """The same ranks; what is sent to a lower one travels here. Two groups, so that on NCCL neither way queues behind the other."""
     embedding: dist.ProcessGroup | None
-    """The first and the last stage of this rank's pipeline, which share a tied embedding; None on other stages and with pp=1."""
+    """The first and the last rank of this rank's pipeline, which may share a tied embedding; None on other ranks and with pp=1."""
     pp_ranks: tuple[int, ...]
-    """Global ranks of this rank's pipeline, by stage."""
+    """Global ranks of this rank's pipeline."""
     ranks: list[list[list[int]]]
     """The whole grid: global ranks by [pp][dp][tp]."""
 
@@ -114,8 +114,8 @@ def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: 
         tp=dp_tp["tp"],
         dp=dp_tp["dp"],
         dp_tp=dp_tp,
-        pp_forward=group(pipelines, "pp forward"),
-        pp_backward=group(pipelines, "pp backward"),
+        pp_up=group(pipelines, "pp up"),
+        pp_down=group(pipelines, "pp down"),
         embedding=group(pipelines[:, [0, -1]], "embedding") if parallel.pp > 1 else None,
         pp_ranks=tuple(grid[:, dp, tp].tolist()),
         ranks=grid.tolist(),
@@ -125,14 +125,16 @@ def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: 
 
 
 def _connect(mesh: Mesh) -> None:
-    """Let neighbouring stages speak once in each direction.
+    """Let neighbours on the ring of a pipeline's ranks speak once in each direction.
 
     NCCL connects a pair at its first message, and that blocks both: in the middle of a schedule it could end in a deadlock.
     """
-    stage = mesh.pp_rank
-    for group, source, target in ((mesh.pp_forward, stage - 1, stage + 1), (mesh.pp_backward, stage + 1, stage - 1)):
-        token = torch.zeros(1, device=mesh.device)
-        if 0 <= source < mesh.pp_size:
-            dist.recv(token, mesh.pp_ranks[source], group=group)
-        if 0 <= target < mesh.pp_size:
-            dist.send(token, mesh.pp_ranks[target], group=group)
+    last = mesh.pp_size - 1
+    ups = [(rank, rank + 1) for rank in range(last)] + [(0, last)] * (last > 1)
+    for group, messages in ((mesh.pp_up, ups), (mesh.pp_down, [(target, source) for source, target in ups])):
+        for source, target in messages:
+            token = torch.zeros(1, device=mesh.device)
+            if mesh.pp_rank == source:
+                dist.send(token, mesh.pp_ranks[target], group=group)
+            if mesh.pp_rank == target:
+                dist.recv(token, mesh.pp_ranks[source], group=group)

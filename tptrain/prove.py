@@ -62,18 +62,25 @@ def every_layout(config: Config) -> tuple[list[Config], list[str]]:
 
 def one_process(config: Config) -> Config:
     """The serial twin of a resolved config: the same global batch, nothing split, nothing made twice."""
-    parallel = replace(config.parallel, tp=1, pp=1, dp=1, sequence_parallel=False, recompute="none")
+    parallel = replace(
+        config.parallel, tp=1, pp=1, dp=1, sequence_parallel=False, recompute="none", schedule="1f1b", stages_per_rank=1, partition="even"
+    )
     return launch.settle(replace(config, parallel=parallel), None)
 
 
 def layout_name(parallel: ParallelConfig) -> str:
-    """`tp2_pp2`, as the shipped layouts are named; `_sp` for sequence parallelism.
+    """`tp2_pp2`, as the shipped layouts are named; `_sp` for sequence parallelism, and a schedule that is not 1f1b.
 
     >>> layout_name(ParallelConfig(2, 1, 4, True, 1, 1, "1f1b", 1, "none"))
     'tp2_dp4_sp'
+    >>> layout_name(ParallelConfig(1, 2, 1, False, 1, 1, "interleaved", 3, "none"))
+    'pp2_interleaved3'
     """
     sizes = (("tp", parallel.tp), ("pp", parallel.pp), ("dp", int(parallel.dp)))
     parts = [f"{axis}{size}" for axis, size in sizes if size > 1] or ["single"]
+    schedule = "file" if parallel.schedule_is_file else parallel.schedule
+    if schedule != "1f1b":
+        parts.append(f"{schedule}{parallel.stages_per_rank}" if schedule in ("gpipe", "interleaved") else schedule)
     return "_".join([*parts, *["sp"] * parallel.sequence_parallel])
 
 

@@ -20,6 +20,7 @@ from tptrain.monitor.status import write_status
 from tptrain.monitor.trace import RankSpans, plain_spans, write_trace
 from tptrain.monitor.wandb_run import start_wandb
 from tptrain.pipeline.timeline import Span, busy, duration
+from tptrain.plan.pipeline import describe
 from tptrain.tensor_parallel.parameter import local_part
 from tptrain.trainer import StepResult, Trainer
 
@@ -34,12 +35,15 @@ class Report:
         self.config, self.mesh, self.run_dir = config, mesh, run_dir
         self.tokens_per_step = config.batch_size * config.data.seq_len
         self.speaks = dist.get_rank() == 0
-        parameters = [int(count) for (count,) in self.gather([sum(p.numel() for p in map(local_part, trainer.stage.parameters()))])]
+        parameters = [int(count) for (count,) in self.gather([sum(local_part(p).numel() for _, p in trainer.share.named_parameters())])]
         if not self.speaks:
             return
         first_step = trainer.steps_done
+        pipeline = describe(config)
         facts = {
             "parameters": num_parameters(config.model),
+            "stages": [(stage.rank, stage.first_layer, stage.last_layer, stage.parameters) for stage in pipeline.stages],
+            "bubble_fraction": pipeline.bubble_fraction,
             "parameters_per_rank": parameters,
             "ranks": mesh.ranks,
             "device": _device_name(mesh.device),

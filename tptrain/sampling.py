@@ -1,7 +1,8 @@
 """The next token from the logits, and the loop around it.
 
-Tokens are chosen on the CPU by the tp group's first rank, from the whole vocabulary's logits, and broadcast. Each row draws one
-number a token from a generator of its own, named by (seed, row): neither the other rows of the batch nor tp change what it gets.
+Tokens are chosen on the CPU by the last stage's first rank, from the whole vocabulary's logits, and one all-reduce tells them to all.
+Each row draws one number a token from a generator of its own, named by (seed, row): neither the other rows of the batch nor the
+layout change what it gets.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tptrain.model.decode import Decoder, left_padded
-from tptrain.tensor_parallel.broadcast import broadcast_from_first
+from tptrain.model.decode import left_padded
+from tptrain.model.gpt import GPTStage
 from tptrain.tensor_parallel.collectives import gather_from_group
 
 
@@ -70,30 +72,47 @@ def whole_logits(part: Tensor, vocab_size: int, group: dist.ProcessGroup) -> Ten
     return gather_from_group(part, group, -1, vocab_size)
 
 
+class Reader(Protocol):
+    """What the loop needs of a model: a `Decoder` of a whole one, or one split over stages."""
+
+    stage: GPTStage
+    """This rank's part."""
+    group: dist.ProcessGroup
+    """All ranks that share the model."""
+    device: torch.device
+
+    def __call__(self, tokens: Tensor, padding: Tensor | None = None, /) -> Tensor | None:
+        """Tokens [b, t] -> on the last stage this rank's logits of each row's last token, [b, vocab/tp]."""
+
+
 def continuations(
-    decoder: Decoder,
+    reader: Reader,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     chooser: Chooser,
     end: int | None = None,
     wanted: Callable[[], bool] = lambda: True,
 ) -> Iterator[list[int]]:
-    """The tokens that follow the prompts, a list of one token a row at a time; the same on all ranks of the tp group.
+    """The tokens that follow the prompts, a list of one token a row at a time; the same on all of the reader's ranks.
 
-    decoder: a new one. end: what ends a row; the numbers that its list entry has afterwards mean nothing, and the loop ends with the
-    last row. wanted: asked on the group's first rank before each token; False ends the loop.
+    reader: a new one. end: what ends a row; the numbers that its list entry has afterwards mean nothing, and the loop ends with the
+    last row. wanted: asked on the reader's first rank before each token; False ends the loop.
     """
-    stage = decoder.stage
+    stage, group = reader.stage, reader.group
     ended = [False] * len(prompts)
-    logits = decoder(*left_padded(prompts))
+    logits = reader(*left_padded(prompts))
     for number in range(max_new_tokens):
-        whole = whole_logits(logits, stage.model.vocab_size, stage.group)
-        chosen = torch.empty(len(prompts) + 1, dtype=torch.int64)  # and whether there is to be one
-        if stage.group.rank() == 0:
-            chosen[:-1] = chooser.choose(whole.float().cpu())
+        chosen = torch.zeros(len(prompts) + 1, dtype=torch.int64)  # and whether there is to be one
+        if stage.is_last:
+            assert logits is not None
+            whole = whole_logits(logits, stage.model.vocab_size, stage.group)
+            if stage.group.rank() == 0:
+                chosen[:-1] = chooser.choose(whole.float().cpu())
+        if group.rank() == 0:
             chosen[-1] = wanted()
-        chosen = chosen.to(decoder.device)
-        broadcast_from_first([chosen], stage.group)
+        chosen = chosen.to(reader.device)
+        if group.size() > 1:  # a sum: one rank gives the tokens, one whether to go on, the others zeros
+            dist.all_reduce(chosen, group=group)
         *tokens, going_on = chosen.tolist()
         if not going_on:
             return
@@ -102,7 +121,7 @@ def continuations(
         if all(ended):
             return
         if number + 1 < max_new_tokens:
-            logits = decoder(chosen[:-1].unsqueeze(1))
+            logits = reader(chosen[:-1].unsqueeze(1))
 
 
 def _generator(seed: int, row: int) -> torch.Generator:

@@ -80,15 +80,16 @@ def resume(trainer: Trainer, run_dir: Path) -> None:
         start[0] = find_start(trainer.config, run_dir)
     dist.broadcast_object_list(start, src=0, group=trainer.mesh.world, device=torch.device("cpu"))
     if start[0] is not None:
-        state = load(start[0], trainer.stage, trainer.optimizer, trainer.mesh.world)
+        state = load(start[0], trainer.share.parameters(), trainer.optimizer, trainer.mesh.world)
+        trainer.share.repeat_tied(trainer.optimizer)
         trainer.steps_done, trainer.samples_done = state["step"], state["samples"]
 
 
 def save_checkpoint(trainer: Trainer, run_dir: Path) -> None:
     """Write what a resume under any layout needs."""
     state = {"step": trainer.steps_done, "samples": trainer.samples_done, "config": asdict(trainer.config)}
-    copies = {name for name, _ in trainer.stage.named_parameters() if trainer.is_copy(name)}
-    save(run_dir, trainer.stage, trainer.optimizer, copies, state, trainer.config.checkpoint.keep, trainer.mesh.world)
+    parameters = trainer.share.owned_parameters()
+    save(run_dir, parameters, trainer.optimizer, state, trainer.config.checkpoint.keep, trainer.mesh.world)
 
 
 def write_text(trainer: Trainer, config: Config) -> str | None:

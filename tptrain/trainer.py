@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,25 +17,21 @@ from torch import Tensor
 
 from tptrain.config import Config
 from tptrain.data.sampler import Sampler
-from tptrain.data_parallel import DataParallel
 from tptrain.mesh import Mesh
-from tptrain.model.gpt import Execution, GPTStage
-from tptrain.model.init import initialise
+from tptrain.model.gpt import GPTStage
 from tptrain.optim.grad_norm import clip_scale, scale_gradients, squared_norm
 from tptrain.optim.lr_schedules import learning_rate
 from tptrain.optim.optimizers import build_optimizer, set_lr
-from tptrain.pipeline.actions import with_transfers
+from tptrain.pipeline.actions import placement, with_transfers
 from tptrain.pipeline.engine import PipelineEngine
-from tptrain.pipeline.partition import even_partition
-from tptrain.pipeline.schedules import SCHEDULES, forward_only
+from tptrain.pipeline.load import load_schedule
+from tptrain.pipeline.schedules import forward_only
 from tptrain.pipeline.timeline import Span
 from tptrain.pipeline.transfer import Transfer
-from tptrain.pipeline.validate import validate
+from tptrain.share import ModelShare
 from tptrain.tensor_parallel.broadcast import broadcast_from_first
 from tptrain.tensor_parallel.collectives import gather_from_group
-from tptrain.tensor_parallel.communication import all_reduce_flat
 from tptrain.tensor_parallel.cross_entropy import IGNORE_INDEX
-from tptrain.tensor_parallel.parameter import compute_in, drop_copies, local_part, partial_gradients
 from tptrain.tensor_parallel.random import Stream
 
 _EVALUATION_SEED = 0
@@ -67,25 +64,18 @@ class StepResult:
 
 
 class Trainer:
-    """A stage of the model on this rank, with its optimizer, its pipeline engine and its data."""
+    """This rank's share of the model, with its optimizer, its pipeline engine and its data."""
 
     def __init__(self, config: Config, mesh: Mesh, train_tokens: np.ndarray, val_tokens: np.ndarray) -> None:
-        """config: resolved. train_tokens, val_tokens: one-dimensional ids; only the first and last stage read them."""
+        """config: resolved. train_tokens, val_tokens: one-dimensional ids; only the ranks of the first and last stage read them."""
         self.config, self.mesh = config, mesh
-        model, parallel = config.model, config.parallel
-        first_layer, last_layer = even_partition(model.num_layers, mesh.pp_size)[mesh.pp_rank]
-        execution = Execution(parallel.sequence_parallel, parallel.recompute, config.train.loss_chunk_tokens)
-        self.stage = GPTStage(model, first_layer, last_layer, mesh.tp, mesh.device, execution)
-        initialise(self.stage, model, config.seed)
         self.dtype = _DTYPES[config.train.precision]
-        compute_in(self.stage, self.dtype)
-        self.data_parallel = DataParallel(self.stage, list(self.stage.layers.values()), mesh, self.dtype)
-        self.optimizer = build_optimizer(config.optimizer, self.stage)
-
-        schedule = with_transfers(SCHEDULES[parallel.schedule](mesh.pp_size, 1, parallel.micro_batches))
-        validate(schedule, parallel.micro_batches)
+        schedule = load_schedule(config.parallel)
+        self.ranks = placement(schedule)
         self.actions = schedule[mesh.pp_rank]
-        self.engine = self._engine(parallel.micro_batch_size, config.data.seq_len)
+        self.share = ModelShare(config, mesh, self.ranks, self.dtype)
+        self.optimizer = build_optimizer(config.optimizer, self.share.modules)
+        self.engine = self._engine(config.parallel.micro_batch_size, config.data.seq_len)
 
         self.train_data = Sampler(train_tokens, config.data.seq_len, config.seed)
         self.val_data = Sampler(val_tokens, config.data.seq_len, _EVALUATION_SEED) if config.train.eval_steps else None
@@ -103,19 +93,17 @@ class Trainer:
 
         Returns the totals that `StepResult` describes.
         """
-        drop_copies(self.stage)
+        self.share.begin(training=True)
         inputs, targets = self._micro_batches(self.train_data, self.samples_done)
         tokens = self._count_tokens(targets)
-        loss = self.engine.train(self.actions, inputs, targets, 1 / tokens.clamp(min=1), self.data_parallel.before_backward)
-        self._sum_partial_gradients()
-        self._sum_tied_embedding()
+        loss = self.engine.train(self.actions, inputs, targets, 1 / tokens.clamp(min=1), self.share)
+        self.share.sum_gradients()
         return self._totals(loss, tokens)
 
     def update(self, totals: Tensor) -> StepResult:
         """Clip what `compute_gradients` left, let the optimizer step, and clear the gradients."""
-        gradients = [p.grad for p in self.stage.parameters() if p.grad is not None]
         if self.config.optimizer.grad_clip is not None:
-            scale_gradients(gradients, clip_scale(totals[0].sqrt(), self.config.optimizer.grad_clip))
+            scale_gradients(self.share.gradients(), clip_scale(totals[0].sqrt(), self.config.optimizer.grad_clip))
         self.steps_done += 1
         self.samples_done += self.config.batch_size
         lr = learning_rate(self.steps_done, self.config.lr_schedule, self.config.optimizer.lr, self.config.train.max_steps)
@@ -126,47 +114,31 @@ class Trainer:
 
     @property
     def spans(self) -> list[Span]:
-        """What this rank computed when in the last training step, in seconds of `time.perf_counter`; empty where nobody measured."""
-        return list(getattr(self.engine, "spans", []))
+        """What this rank computed when, in the last step."""
+        return self.engine.spans
 
     def _count_tokens(self, targets: list[Tensor] | None) -> Tensor:
-        """Tokens of the global batch that count, fp64 scalar; only the last stage, which makes the loss, knows them."""
+        """Tokens of the global batch that count, fp64 scalar; only the last stage's ranks, which make the loss, know them."""
         tokens = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        if self.stage.is_last and targets is not None:
+        if self.share.is_last and targets is not None:
             for target in targets:
                 tokens += (target != IGNORE_INDEX).sum()
             if self.mesh.dp_size > 1:
                 dist.all_reduce(tokens, group=self.mesh.dp_group)
         return tokens
 
-    def _run_stage(self, x: Tensor, targets: Tensor | None, micro_batch: int) -> Tensor:
-        """The stage as the engine calls it: in training with the numbers of the samples that dropout belongs to."""
-        if not self.stage.training:
-            return self.stage(x, targets)
+    def _run_stage(self, stage: GPTStage, x: Tensor, targets: Tensor | None, micro_batch: int) -> Tensor:
+        """A stage as the engine calls it: in training with the numbers of the samples that dropout belongs to."""
+        if not stage.training:
+            return stage(x, targets)
         rows = self.config.batch_size // self.mesh.dp_size
         first = self.samples_done + self.mesh.dp_rank * rows + micro_batch * self.config.parallel.micro_batch_size
         stream = Stream(self.config.seed, first) if self.config.model.dropout else None
-        return self.stage(x, targets, stream, self.config.train.label_smoothing)
-
-    def _sum_partial_gradients(self) -> None:
-        """Sum over tp what each of its ranks has only a part of, in one message: norms and biases under sequence parallelism
-        (a part of the sequence), shared key/value weights (a part of the query heads)."""
-        gradients = partial_gradients(self.stage)
-        if gradients and self.mesh.tp_size > 1:
-            all_reduce_flat(gradients, self.mesh.tp_group)
-
-    def _sum_tied_embedding(self) -> None:
-        """Add the gradients of the embedding's two copies, one as the table and one as the head, on both."""
-        if not self.config.model.tie_embeddings or self.mesh.embedding is None:
-            return
-        gradient = self.stage.embedding.weight.grad
-        assert gradient is not None
-        dist.all_reduce(local_part(gradient), group=self.mesh.embedding)
+        return stage(x, targets, stream, self.config.train.label_smoothing)
 
     def _totals(self, loss: Tensor, tokens: Tensor) -> Tensor:
         """Squared gradient norm, summed loss and tokens of the whole job, fp64 [3]: one all-reduce over all ranks."""
-        counted = [p.grad for name, p in self.stage.named_parameters() if p.grad is not None and not self.is_copy(name)]
-        totals = torch.stack((squared_norm(counted, self.mesh.device), loss, tokens))
+        totals = torch.stack((squared_norm(self.share.counted_gradients(), self.mesh.device), loss, tokens))
         if self.mesh.tp_rank > 0:  # the loss is the same on all tp ranks
             totals[1:] = 0
         if self.mesh.dp_rank > 0:  # the count is already the whole batch's
@@ -175,27 +147,21 @@ class Trainer:
             dist.all_reduce(totals, group=self.mesh.world)
         return totals
 
-    def is_copy(self, name: str) -> bool:
-        """Whether parameter `name` here is the tied embedding's second copy, which lives on the last of several stages."""
-        return name == "embedding.weight" and not self.stage.is_first
-
     # ---- evaluation and sampling ---------------------------------------------------------------------------
 
     def evaluate(self) -> float:
         """Mean loss in nats a token over eval_steps global batches of the validation data, or all of it: always the same samples."""
         parallel, batch = self.config.parallel, self.config.batch_size
-        actions = with_transfers(forward_only(range(self.mesh.pp_size), parallel.micro_batches))[self.mesh.pp_rank]
+        actions = with_transfers(forward_only(self.ranks, parallel.micro_batches))[self.mesh.pp_rank]
         totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         assert self.val_data is not None, "train.eval_steps is 0"
-        drop_copies(self.stage)
-        self.stage.eval()
+        self.share.begin(training=False)
         samples = self.val_data.samples_per_epoch
         for first in range(0, min(self.config.train.eval_steps * batch, samples), batch):
             inputs, targets = self._micro_batches(self.val_data, first, samples)
             for loss, target in zip(self.engine.infer(actions, inputs, targets), targets or (), strict=False):
                 totals += torch.stack((loss.double(), (target != IGNORE_INDEX).sum().double()))
-        self.data_parallel.release()
-        self.stage.train()
+        self.share.release()
         if self.mesh.tp_rank > 0:
             totals.zero_()
         if self.mesh.world.size() > 1:
@@ -205,11 +171,10 @@ class Trainer:
     @torch.no_grad()
     def sample(self, prompt: list[int], count: int, end: int, temperature: float = 0.8) -> list[int]:
         """Up to `count` tokens that follow `prompt`, ended by token `end`; the same on every rank."""
-        drop_copies(self.stage)
-        self.stage.eval()
+        self.share.begin(training=False)
         generator = torch.Generator().manual_seed(self.config.seed)
         tokens = list(prompt)
-        actions = with_transfers(forward_only(range(self.mesh.pp_size), 1))[self.mesh.pp_rank]
+        actions = with_transfers(forward_only(self.ranks, 1))[self.mesh.pp_rank]
         while len(tokens) < len(prompt) + count:
             context = torch.tensor([tokens[-self.config.data.seq_len :]], device=self.mesh.device)
             last = context.shape[1] - 1
@@ -222,12 +187,11 @@ class Trainer:
                 probabilities = (logits / temperature).softmax(0).cpu()
                 following += torch.multinomial(probabilities, 1, generator=generator).item()
             if self.mesh.pp_size > 1:
-                dist.broadcast(following, self.mesh.pp_ranks[-1], group=self.mesh.pp_forward)
+                dist.broadcast(following, self.mesh.pp_ranks[self.ranks[-1]], group=self.mesh.pp_up)
             if following.item() == end:
                 break
             tokens.append(int(following))
-        self.data_parallel.release()
-        self.stage.train()
+        self.share.release()
         return tokens[len(prompt) :]
 
     # ---- batches -------------------------------------------------------------------------------------------
@@ -236,15 +200,17 @@ class Trainer:
         """An engine for micro-batches [rows, columns]; under sequence parallelism stages send each other 1/tp of the columns."""
         columns //= self.mesh.tp_size if self.config.parallel.sequence_parallel else 1
         transfer = Transfer(self.mesh, (rows, columns, self.config.model.hidden_size), self.dtype)
-        return PipelineEngine(self._run_stage, self.mesh.pp_rank, self.mesh.pp_size, transfer)
+        return PipelineEngine(
+            {number: partial(self._run_stage, stage) for number, stage in self.share.stages.items()}, self.ranks, transfer
+        )
 
     def _micro_batches(self, data: Sampler, first: int, limit: int | None = None) -> tuple[list[Tensor] | None, list[Tensor] | None]:
         """Inputs and targets of this dp rank's share of the global batch that starts at sample `first`.
 
-        Two lists of [micro_batch_size, seq_len], or None on stages that read no data. Samples from `limit` on are
+        Two lists of [micro_batch_size, seq_len], or None on ranks that read no data. Samples from `limit` on are
         stand-ins whose targets count for nothing.
         """
-        if not (self.stage.is_first or self.stage.is_last):
+        if not (self.share.is_first or self.share.is_last):
             return None, None
         rows = (self.config.batch_size) // self.mesh.dp_size
         first += rows * self.mesh.dp_rank

@@ -26,7 +26,7 @@ def whole_state(trainer: Any) -> dict[str, np.ndarray]:
 
     from tptrain.checkpoint.sharded import training_tensors
 
-    tensors = training_tensors(trainer.stage, trainer.optimizer, set())
+    tensors = training_tensors(trainer.share.parameters(), trainer.optimizer)
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).numpy().copy() for name, t in tensors.items()}
 
 
@@ -46,7 +46,9 @@ def walk(rank: int, folder: Path, base: dict[str, Any]) -> list[dict[str, Any]]:
             for _ in range(3):
                 trainer.step()
         else:
-            state = load(folder / f"run{number - 1}/checkpoints/step-00000003", trainer.stage, trainer.optimizer, trainer.mesh.world)
+            checkpoint = folder / f"run{number - 1}/checkpoints/step-00000003"
+            state = load(checkpoint, trainer.share.parameters(), trainer.optimizer, trainer.mesh.world)
+            trainer.share.repeat_tied(trainer.optimizer)
             trainer.steps_done, trainer.samples_done = state["step"], state["samples"]
         seen.append({"state": whole_state(trainer), "samples": trainer.samples_done})
         save_checkpoint(trainer, folder / f"run{number}")

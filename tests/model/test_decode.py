@@ -145,8 +145,10 @@ def test_bf16(mesh: Mesh, name: str) -> None:
 
 
 def test_what_a_decoder_refuses(mesh: Mesh) -> None:
-    with pytest.raises(ValueError, match="all layers"):
-        Decoder(GPTStage(GPT, 0, 1, mesh.tp, CPU), 1, 4)
+    with pytest.raises(ValueError, match=r"reads tokens \[b, t\], the others activations \[b, t, h\]: got \[1, 2\]"):
+        Decoder(GPTStage(GPT, 1, 2, mesh.tp, CPU), 1, 4)(torch.tensor([[1, 2]]))
+    with pytest.raises(ValueError, match="the first stage reads tokens"):
+        Decoder(GPTStage(GPT, 0, 1, mesh.tp, CPU), 1, 4)(torch.zeros(1, 2, GPT.hidden_size))
     with pytest.raises(ValueError, match="17 tokens are more than max_seq_len=16"):
         Decoder(stage_of(GPT, mesh), 1, 17)
     with pytest.raises(ValueError, match="sequence_parallel"):

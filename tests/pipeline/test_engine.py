@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +15,12 @@ from torch.testing import assert_close
 
 from tests.ranks import run_ranks
 from tests.tensor_parallel.support import mesh_of, random
-from tptrain.pipeline.actions import with_transfers
+from tptrain.pipeline.actions import COMPUTATIONS, Kind, placement, with_transfers
 from tptrain.pipeline.engine import PipelineEngine
 from tptrain.pipeline.schedules import SCHEDULES, forward_only
 from tptrain.pipeline.transfer import Transfer
+from tptrain.pipeline.validate import validate
+from tptrain.tensor_parallel.deferral import Deferral
 
 ROWS, WIDTH = 3, 5
 SCALE = torch.tensor(0.37, dtype=torch.float64)
@@ -26,14 +30,36 @@ class Handle:
     """Stands for what a micro-batch keeps for its backward."""
 
 
+class Linear(torch.autograd.Function):
+    """x W^T + b, whose weight gradient the deferral may put off."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, deferral: Deferral) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.deferral = weight, deferral
+        return x @ weight.t() + bias
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (x,), weight = ctx.saved_tensors, ctx.weight
+
+        def make() -> None:
+            made = grad.t() @ x
+            weight.grad = made if weight.grad is None else weight.grad + made
+
+        ctx.deferral.do(make)
+        return grad @ weight.detach(), None, grad.sum(0), None
+
+
 class ToyStage(nn.Module):
     """tanh(linear(x)); on the last stage, with targets, a summed loss. Counts the micro-batches whose saved tensors live."""
 
-    def __init__(self, index: int, stages: int) -> None:
+    def __init__(self, index: int, stages: int, deferral: Deferral | None = None) -> None:
         super().__init__()
         self.linear = nn.Linear(WIDTH, WIDTH)
         self.linear.weight.data = random(WIDTH, WIDTH, seed=index)
         self.linear.bias.data = random(WIDTH, seed=100 + index)
+        self.deferral = deferral or Deferral()
         self.is_first, self.is_last = index == 0, index == stages - 1
         self.handles: list[weakref.ref[Handle]] = []
         self.most = 0
@@ -57,7 +83,7 @@ class ToyStage(nn.Module):
             return tensor, handle
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[0]):
-            y = torch.tanh(self.linear(x))
+            y = torch.tanh(Linear.apply(x, self.linear.weight, self.linear.bias, self.deferral))
             if targets is not None:
                 y = ((y - targets) ** 2).sum()
         del handle, pack
@@ -84,16 +110,38 @@ def serial(stages: int, count: int) -> tuple[list[ToyStage], Tensor, list[Tensor
     return parts, total.detach(), outputs
 
 
-def engine_of(mesh) -> tuple[PipelineEngine, ToyStage]:
-    stage = ToyStage(mesh.pp_rank, mesh.pp_size)
-    return PipelineEngine(stage, mesh.pp_rank, mesh.pp_size, Transfer(mesh, (ROWS, WIDTH), torch.float32)), stage
+class Recorder:
+    """What the engine tells whoever holds the stages."""
+
+    def __init__(self, deferral: Deferral, stages: dict[int, ToyStage]) -> None:
+        self.deferral, self.stages = deferral, stages
+        self.asked: dict[int, list[bool]] = {stage: [] for stage in stages}
+        self.completed: list[int] = []
+        self.put_off: list[weakref.ref[Any]] = []
+
+    def before(self, stage: int, last: bool) -> None:
+        self.asked[stage].append(last)
+
+    def complete(self, stage: int) -> None:
+        self.completed.append(stage)
+
+    @contextmanager
+    def putting_off(self) -> Iterator[list[Callable[[], None]]]:
+        with self.deferral.putting_off() as work:
+            yield work
+        assert len(work) == 1, "one weight gradient a stage and micro-batch"
+        self.put_off.append(weakref.ref(work[0]))
+
+
+def engine_of(mesh, ranks: Sequence[int]) -> tuple[PipelineEngine, Recorder]:
+    deferral = Deferral()
+    stages = {stage: ToyStage(stage, len(ranks), deferral) for stage, rank in enumerate(ranks) if rank == mesh.pp_rank}
+    return PipelineEngine(stages, ranks, Transfer(mesh, (ROWS, WIDTH), torch.float32)), Recorder(deferral, stages)
 
 
 def nothing_is_left(engine: PipelineEngine) -> None:
-    assert not engine._live
-    assert not engine._receives
-    assert not engine._gradients
-    assert not engine._activations
+    kept = (engine._live, engine._receives, engine._gradients, engine._activations, engine._weight_work, engine._lent)
+    assert not any(kept)
     assert not engine.transfer._sends
 
 
@@ -102,72 +150,96 @@ def test_engine(world: int) -> None:
     run_ranks(world, check_all)
 
 
+STAGES_PER_RANK = {"gpipe": (1, 2), "1f1b": (1,), "interleaved": (1, 2, 3), "zb_h1": (1,), "zb_v": (2,)}
+
+
 def check_all(rank: int) -> None:
     world = torch.distributed.get_world_size()
     mesh = mesh_of(pp=world)
-    for name in SCHEDULES:
-        for m in range(1, 7):
-            check_training(mesh, name, m)
+    assert STAGES_PER_RANK.keys() == SCHEDULES.keys()
+    for name, stages in STAGES_PER_RANK.items():
+        for v in stages:
+            for m in range(1, 10):
+                check_training(mesh, name, v, m)
     check_two_steps_accumulate(mesh)
     for m in (1, 2, 5):
-        check_inference(mesh, m)
+        check_inference(mesh, range(world), m)
+        check_inference(mesh, [*range(world), *reversed(range(world))], m)
     if world == 4:
-        check_training(mesh_of(pp=2, dp=2), "1f1b", 3)
+        check_training(mesh_of(pp=2, dp=2), "1f1b", 1, 3)
 
 
-def check_training(mesh, name: str, m: int) -> None:
+def check_training(mesh, name: str, v: int, m: int) -> None:
     s, p = mesh.pp_rank, mesh.pp_size
-    engine, stage = engine_of(mesh)
-    actions = with_transfers(SCHEDULES[name](p, 1, m))[s]
+    schedule = with_transfers(SCHEDULES[name](p, v, m))
+    ranks = placement(schedule)
+    peaks = validate(schedule, m)
+    engine, recorder = engine_of(mesh, ranks)
     inputs, targets = micro_batches(m)
-    asked: list[bool] = []
-    live_before_backward: list[int] = []
+    live = []
 
-    def before_backward(is_last: bool) -> None:
-        asked.append(is_last)
-        live_before_backward.append(stage.live)
-        assert len(engine._live) == stage.live, "saved tensors of a micro-batch that is done are still held"
+    def before(stage: int, last: bool) -> None:
+        live.append(sum(toy.live for toy in recorder.stages.values()))
+        Recorder.before(recorder, stage, last)
 
-    loss = engine.train(actions, inputs if s == 0 else None, targets if s == p - 1 else None, SCALE, before_backward)
+    recorder.before = before  # type: ignore[method-assign]
+    loss = engine.train(schedule[s], inputs if s == ranks[0] else None, targets if s == ranks[-1] else None, SCALE, recorder)
 
-    parts, expected, _ = serial(p, m)
-    where = f"{name}, stage {s} of {p}, {m} micro-batches"
-    for parameter in ("linear.weight", "linear.bias"):
-        ours, theirs = stage.get_parameter(parameter).grad, parts[s].get_parameter(parameter).grad
-        assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda text, n=parameter: f"{where}, {n}: {text}")
+    parts, expected, _ = serial(p * v, m)
+    where = f"{name}, rank {s} of {p}, {v} stages a rank, {m} micro-batches"
+    for number, stage in recorder.stages.items():
+        for parameter in ("linear.weight", "linear.bias"):
+            ours, theirs = stage.get_parameter(parameter).grad, parts[number].get_parameter(parameter).grad
+            assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda text, n=parameter: f"{where}, {n}: {text}")
+        split = {action.micro_batch for action in schedule[s] if action.kind is Kind.WEIGHT_GRADIENT and action.stage == number}
+        asked = recorder.asked[number]
+        assert len(asked) == m
+        assert asked.count(True) + recorder.completed.count(number) == 1, "the stage's gradients are complete once"
+        assert bool(split) or asked == [False] * (m - 1) + [True], "only the stage's last backward may reduce over dp"
+        assert all(stage.grad_enabled)
+        assert stage.live == 0, "a micro-batch's activations outlive the step"
+        assert all(output() is None for output in stage.outputs), "a micro-batch's output outlives the step"
+    assert all(work() is None for work in recorder.put_off), "put-off work outlives the step"
     assert loss.dtype == torch.float64
-    assert_close(loss, expected.double() if s == p - 1 else torch.zeros((), dtype=torch.float64), rtol=1e-5, atol=1e-5)
-
-    assert asked == [False] * (m - 1) + [True], "only the stage's last backward may reduce over dp"
-    peak = m if name == "gpipe" else min(p - s, m)
-    assert stage.most == peak, f"{where}: kept {stage.most} micro-batches, the schedule says {peak}"
-    assert max(live_before_backward) == peak
-    assert all(stage.grad_enabled)
+    assert_close(loss, expected.double() if s == ranks[-1] else torch.zeros((), dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    if not recorder.put_off:
+        assert max(live) == peaks[s], f"{where}: kept {max(live)} micro-batches, the schedule says {peaks[s]}"
     nothing_is_left(engine)
-    assert stage.live == 0, "a micro-batch's activations outlive the step"
-    assert all(output() is None for output in stage.outputs), "a micro-batch's output outlives the step"
-    if s == 0:
+    if s == ranks[0]:
         assert all(x.grad is None for x in inputs)
+    computed = [action for action in schedule[s] if action.kind in COMPUTATIONS]
+    assert [span.action for span in engine.spans] == computed
+    times = [time for span in engine.spans for time in (span.start, span.end)]
+    assert times == sorted(times), "a rank computes one thing at a time"
+    if p > 1:
+        buffers = engine.transfer._free
+        received = sum(action.kind in (Kind.RECEIVE_ACTIVATION, Kind.RECEIVE_GRADIENT) for action in schedule[s])
+        assert len(buffers) <= received
+        assert len({buffer.data_ptr() for buffer in buffers}) == len(buffers), "a buffer was given back twice"
+        if name == "1f1b" and m == 9:
+            assert len(buffers) < received, "buffers go from micro-batch to micro-batch"
 
 
 def check_two_steps_accumulate(mesh) -> None:
-    engine, stage = engine_of(mesh)
+    ranks = range(mesh.pp_size)
+    engine, recorder = engine_of(mesh, ranks)
     actions = with_transfers(SCHEDULES["1f1b"](mesh.pp_size, 1, 3))[mesh.pp_rank]
-    losses = [engine.train(actions, *micro_batches(3), SCALE, lambda is_last: None) for _ in range(2)]
+    losses = [engine.train(actions, *micro_batches(3), SCALE, recorder) for _ in range(2)]
     parts, _, _ = serial(mesh.pp_size, 3)
     assert losses[0].equal(losses[1])
-    assert_close(stage.linear.weight.grad, 2 * parts[mesh.pp_rank].linear.weight.grad, rtol=1e-4, atol=1e-5)
+    ours = recorder.stages[mesh.pp_rank].linear.weight.grad
+    assert_close(ours, 2 * parts[mesh.pp_rank].linear.weight.grad, rtol=1e-4, atol=1e-5)
 
 
-def check_inference(mesh, m: int) -> None:
-    s, p = mesh.pp_rank, mesh.pp_size
-    engine, stage = engine_of(mesh)
-    actions = with_transfers(forward_only(range(p), m))[s]
+def check_inference(mesh, ranks: Sequence[int], m: int) -> None:
+    s = mesh.pp_rank
+    engine, recorder = engine_of(mesh, ranks)
+    actions = with_transfers(forward_only(ranks, m))[s]
     inputs, targets = micro_batches(m)
-    _, total, expected = serial(p, m)
+    _, total, expected = serial(len(ranks), m)
     for given in (None, targets):
-        outputs = engine.infer(actions, inputs if s == 0 else None, given)
-        assert len(outputs) == (m if s == p - 1 else 0)
+        outputs = engine.infer(actions, inputs if s == ranks[0] else None, given)
+        assert len(outputs) == (m if s == ranks[-1] else 0)
         assert not any(output.requires_grad for output in outputs)
         if outputs and given is None:
             assert_close(torch.stack(outputs), torch.stack(expected), rtol=1e-5, atol=1e-5)
@@ -177,19 +249,21 @@ def check_inference(mesh, m: int) -> None:
             assert_close(sum(outputs), total, rtol=1e-5, atol=1e-4)
         del outputs
         nothing_is_left(engine)
-        assert all(output() is None for output in stage.outputs), "an output outlives the evaluation"
-    assert not any(stage.grad_enabled)
-    assert all(parameter.grad is None for parameter in stage.parameters())
+        outlived = [output() for stage in recorder.stages.values() for output in stage.outputs]
+        assert all(output is None for output in outlived), "an output outlives the evaluation"
+    for stage in recorder.stages.values():
+        assert not any(stage.grad_enabled)
+        assert all(parameter.grad is None for parameter in stage.parameters())
 
 
 def test_training_goes_on_where_inference_stopped() -> None:
     """The two may alternate on one engine: nothing of the one is seen by the other."""
     transfer: Any = SimpleNamespace(mesh=SimpleNamespace(device=torch.device("cpu")), flush=lambda: None)
-    engine = PipelineEngine(ToyStage(0, 1), 0, 1, transfer)
+    engine = PipelineEngine({0: ToyStage(0, 1)}, [0], transfer)
     x, target = micro_batches(1)
     training, evaluation = SCHEDULES["1f1b"](1, 1, 1)[0], forward_only(range(1), 1)[0]
-    first = engine.train(training, x, target, SCALE, lambda is_last: None)
+    first = engine.train(training, x, target, SCALE, Recorder(Deferral(), {0: None}))
     (evaluated,) = engine.infer(evaluation, x, target)
-    again = engine.train(training, x, target, SCALE, lambda is_last: None)
+    again = engine.train(training, x, target, SCALE, Recorder(Deferral(), {0: None}))
     assert first.equal(again)
     assert_close(evaluated.double(), first)

@@ -11,6 +11,7 @@ import pytest
 from tptrain.pipeline.actions import Action, Kind, Schedule, ScheduleError, with_transfers
 from tptrain.pipeline.schedules import SCHEDULES, forward_only
 from tptrain.pipeline.simulate import Costs, Simulation, simulate
+from tptrain.pipeline.validate import validate
 
 SIZES = [(1, 1), (1, 5), (2, 1), (2, 2), (2, 7), (3, 2), (4, 4), (4, 8), (5, 13), (8, 3)]  # ranks, micro-batches
 
@@ -47,6 +48,54 @@ def test_peak_of_live_activations(p: int, m: int) -> None:
     """gpipe keeps every micro-batch; 1f1b at most p - s on stage s."""
     assert simulate(SCHEDULES["gpipe"](p, 1, m), equal_costs(p)).peaks == [m] * p
     assert simulate(SCHEDULES["1f1b"](p, 1, m), equal_costs(p)).peaks == [min(p - stage, m) for stage in range(p)]
+
+
+@pytest.mark.parametrize("v", [1, 2, 3])
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 5])
+def test_bubble_of_interleaved_stages(p: int, v: int) -> None:
+    """(p - 1) / (v * m + p - 1) for m >= p (Narayanan et al. 2021, section 2.2), in equal groups of p micro-batches or a few more."""
+    for m in (p, p + 1, 2 * p, 2 * (p + 1), 5 * p):
+        if m % max(1, m // p) == 0:
+            step = simulate(SCHEDULES["interleaved"](p, v, m), equal_costs(p * v))
+            assert step.bubble_fraction == Fraction(p - 1, v * m + p - 1), m
+
+
+@pytest.mark.parametrize(("forward", "input_gradient", "weight_gradient"), [(1, 1, 1), (3, 4, 2), (4, 2, 2), (5, 3, 1), (2, 5, 2)])
+def test_bubble_of_zb_h1(forward: int, input_gradient: int, weight_gradient: int) -> None:
+    """(p - 1)(F + I - W) idle units on each rank (Qi et al. 2023, table 2), where W is at most F and at most I, and m >= p."""
+    costs = (forward, input_gradient, weight_gradient)
+    for p in range(1, 7):
+        for m in (p, p + 1, 2 * p, 3 * p + 2):
+            step = simulate(SCHEDULES["zb_h1"](p, 1, m), equal_costs(p, *costs))
+            idle = (p - 1) * (forward + input_gradient - weight_gradient)
+            assert step.bubble_fraction == Fraction(idle, m * sum(costs) + idle), (p, m)
+
+
+def test_weight_gradients_fill_the_bubble() -> None:
+    """Four ranks, eight micro-batches, F, I and W of one unit: with zb_h1 at most half of 1f1b's bubble for the same memory, with zb_v
+    less still. zb_v's stages are half as large, so are their costs and their activations."""
+    one = simulate(SCHEDULES["1f1b"](4, 1, 8), equal_costs(4, 2, 2, 2))
+    h1 = simulate(SCHEDULES["zb_h1"](4, 1, 8), equal_costs(4, 2, 2, 2))
+    v = simulate(SCHEDULES["zb_v"](4, 2, 8), equal_costs(8, 1, 1, 1))
+    assert (one.bubble_fraction, h1.bubble_fraction) == (Fraction(3, 11), Fraction(3, 27))
+    assert h1.bubble_fraction <= one.bubble_fraction / 2
+    assert v.bubble_fraction < h1.bubble_fraction
+    assert v.step_seconds < h1.step_seconds < one.step_seconds
+    assert max(one.peaks) == max(h1.peaks) == max(v.peaks) / 2 == 4
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_peaks_are_those_that_the_validator_counts(name: str) -> None:
+    """Whatever the costs are: a rank's order decides."""
+    for p, m in SIZES:
+        v = 2 if name in ("interleaved", "zb_v") else 1
+        if name == "interleaved" and m % max(1, m // p):
+            continue
+        schedule = SCHEDULES[name](p, v, m)
+        costs = Costs(*[[1 + (7 * stage + shift) % 5 for stage in range(p * v)] for shift in range(3)], transfer=2)
+        step = simulate(schedule, costs)
+        assert step.peaks == validate(with_transfers(schedule), m), (p, m)
+        assert all(changes[-1][1] == 0 for changes in step.live), "nothing stays"
 
 
 def test_no_rank_is_ahead_of_its_input() -> None:
@@ -130,8 +179,8 @@ def test_what_cannot_run(schedule: list[str], message: str) -> None:
 
 def test_sixteen_ranks_with_four_stages_take_well_below_a_second() -> None:
     p, v, m = 16, 4, 256
-    schedule: Schedule = SCHEDULES["gpipe"](p, v, m)
+    schedule: Schedule = SCHEDULES["interleaved"](p, v, m)
     begin = time.process_time()
-    step = simulate(schedule, equal_costs(p * v))
-    assert step.peaks == [v * m] * p
+    step = simulate(schedule, Costs([1] * p * v, [1] * p * v, [1] * p * v))
+    assert step.step_seconds == 3 * (v * m + p - 1)
     assert time.process_time() - begin < 1

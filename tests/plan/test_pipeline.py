@@ -53,6 +53,19 @@ def test_a_large_vocabulary_leaves_the_last_stage_fewer_layers() -> None:
     assert layers(config) == [(0, 1), (1, 3), (3, 4), (4, 8)]
 
 
+def test_the_rank_with_the_head_has_fewer_layers_in_all_its_stages() -> None:
+    """In zb_v the first rank holds the first stage and the last, here with a head worth two blocks: with twelve layers each of two ranks
+    gets seven blocks' worth."""
+    config = pipelined(model__num_layers=12, parallel__pp=2, parallel__schedule="zb_v")
+    block, head = block_and_head(config)
+    config.model.vocab_size = round(config.model.vocab_size * 2 * block / head)
+    described = describe(config)
+    assert [stage.rank for stage in described.stages] == [0, 1, 1, 0]
+    sizes = [stage.last_layer - stage.first_layer for stage in described.stages]
+    assert (sizes[0] + sizes[3], sizes[1] + sizes[2]) == (5, 7)
+    assert sizes == [4, 4, 3, 1], "with two blocks the last stage would cost as much as the first does now: of equals the earlier"
+
+
 def slowest_bound(config: Config, forward: list[int], backward: list[int]) -> Fraction:
     """The bubble of 1f1b on two ranks of which the last is the slower, and its backward no quicker than a forward of the first: the last
     never waits once it has begun, so a step is the first forward, its own work, and the last backward of rank 0."""

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.command import command, environment
+from tptrain.pipeline.notation import loads
+from tptrain.pipeline.schedules import SCHEDULES
 
 
 def test_the_schedule_goes_to_stdout_and_the_stages_to_stderr(tmp_path: Path) -> None:
@@ -24,10 +26,25 @@ def test_the_schedule_goes_to_stdout_and_the_stages_to_stderr(tmp_path: Path) ->
     assert not list(tmp_path.iterdir()), "no run folder"
 
 
+@pytest.mark.parametrize("schedule", ["zb_h1", "zb_v", "interleaved"])
+def test_what_it_writes_is_a_schedule_file(tmp_path: Path, schedule: str) -> None:
+    """`plan > mine.txt` gives what `parallel.schedule=mine.txt` takes: the same schedule, the same plan."""
+    layout = ["parallel=pp2", "parallel.micro_batches=6", f"parallel.stages_per_rank={1 if schedule == 'zb_h1' else 2}"]
+    first = command(tmp_path, "plan", *layout, f"parallel.schedule={schedule}")
+    (tmp_path / "mine.txt").write_text(first.out)
+    again = command(tmp_path, "plan", *layout, "parallel.schedule=mine.txt")
+    assert (first.code, again.code) == (0, 0), first.err + again.err
+    assert again.out == first.out
+    assert again.err == first.err.replace(schedule, "mine.txt")
+    p, v = 2, 1 if schedule == "zb_h1" else 2
+    assert loads(first.out) == SCHEDULES[schedule](p, v, 6)
+
+
 def test_refused_in_one_line(tmp_path: Path) -> None:
     for arguments, message in {
         ("parallel.tp=3",): "parallel.tp=3 does not divide model.num_heads=4: use 1, 2 or 4",
         ("parallel.pp=9",): "parallel.pp=9 needs a layer a stage",
+        ("parallel.schedule=nope.txt",): "parallel.schedule=nope.txt is no file",
         ("-m", "seed=1,2"): "-m starts one job after another, but this verb has no run folders",
     }.items():
         outcome = command(tmp_path, "plan", *arguments)

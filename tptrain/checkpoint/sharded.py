@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,15 @@ from tptrain.checkpoint.folder import checkpoint_folder, partial_folder, publish
 
 def save(
     run_dir: Path,
-    stage: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    skip: set[str],
     state: dict[str, Any],
     keep: int,
     world: dist.ProcessGroup,
 ) -> Path:
     """Write a checkpoint of step state["step"]. All ranks call this; returns the complete folder's path.
 
-    skip: parameters here that another stage saves (a tied embedding's second copy).
+    parameters: those that this rank saves, by their names in the whole model.
     state: what else a resume needs, as JSON. keep: complete checkpoints that stay. world: all ranks.
     """
     final = checkpoint_folder(run_dir, state["step"])
@@ -45,7 +44,7 @@ def save(
     dist.barrier(group=world)  # each rank's writer makes the folder where it finds none
     with _plain_errors(f"saving {final} failed"):
         writer = dcp.FileSystemWriter(partial, sync_files=True)
-        dcp.save(training_tensors(stage, optimizer, skip), storage_writer=writer, process_group=world)
+        dcp.save(training_tensors(parameters, optimizer), storage_writer=writer, process_group=world)
     if first:
         publish(partial, state)
         rotate(run_dir, keep)
@@ -53,11 +52,13 @@ def save(
     return final
 
 
-def load(folder: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, world: dist.ProcessGroup) -> dict[str, Any]:
-    """Fill a stage and its optimizer from a checkpoint of any layout. All ranks call this. Returns the saved state."""
+def load(
+    folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, world: dist.ProcessGroup
+) -> dict[str, Any]:
+    """Fill parameters and their optimizer state from a checkpoint of any layout. All ranks call this. Returns the saved state."""
     materialise_state(optimizer)
     with _plain_errors(f"loading {folder} failed"):
-        dcp.load(training_tensors(stage, optimizer, set()), storage_reader=dcp.FileSystemReader(folder), process_group=world)
+        dcp.load(training_tensors(parameters, optimizer), storage_reader=dcp.FileSystemReader(folder), process_group=world)
     return read_state(folder)
 
 
@@ -69,11 +70,10 @@ def load_model(folder: Path, stage: nn.Module, world: dist.ProcessGroup) -> dict
     return read_state(folder)
 
 
-def training_tensors(stage: nn.Module, optimizer: torch.optim.Optimizer, skip: set[str]) -> dict[str, Tensor]:
-    """This rank's parameters and optimizer state by their keys in a checkpoint. The tensors are the live ones."""
-    named = [(name, parameter) for name, parameter in stage.named_parameters() if name not in skip]
-    tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in named}
-    for name, parameter in named:
+def training_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Parameters and their optimizer state by their keys in a checkpoint. The tensors are the live ones."""
+    tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if value is not None:
                 tensors[f"optimizer.{name}.{key}"] = value

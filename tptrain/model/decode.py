@@ -1,10 +1,10 @@
-"""Inference with a whole model: the prompts at once, then one token of each row at a time.
+"""Inference with one stage of a model: the prompts at once, then one token of each row at a time.
 
     tokens [b, t] ─ embedding ─ blocks, with the k and v of all earlier tokens ─ last token ─ norm ─ head ─ logits [b, vocab/tp]
+    └───── first stage ──────┘└───────────── each stage, its layers ─────────┘└─────────────── last stage ─────────────────────┘
 
-It computes with the weights, norms and activations of a `GPTStage`, which must hold all layers (pp=1). Prompts of different length
-are padded on the left. A row's positions begin behind its padding, and nothing but padding sees padding, so each row gets the
-logits that it would get alone:
+It computes with the weights, norms and activations of a `GPTStage`. Prompts of different length are padded on the left. A row's
+positions begin behind its padding, and nothing but padding sees padding, so each row gets the logits that it would get alone:
 
     . . a b c     padding 2, positions 0 1 2
     d e f g h     padding 0, positions 0 1 2 3 4
@@ -38,23 +38,23 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 class Decoder:
-    """A model that reads on where it stopped. All ranks of the tp group call it alike.
+    """A stage that reads on where it stopped, with the keys and values of its own layers. All ranks of the tp group call it alike.
 
     Weights are read when it is called: after an update of them, `drop_copies` the stage and make a new Decoder.
     """
 
     def __init__(self, stage: GPTStage, batch_size: int, max_tokens: int) -> None:
-        """max_tokens: of a row, padding included. Raises ValueError for a stage that is no whole model, or too many tokens."""
+        """max_tokens: of a row, padding included. Raises ValueError for too many."""
         model = stage.model
-        if not (stage.is_first and stage.is_last):
-            raise ValueError("a Decoder needs a stage with all layers")
         if max_tokens > model.max_seq_len:
             raise ValueError(f"{max_tokens} tokens are more than max_seq_len={model.max_seq_len}")
-        self.stage, self.device = stage, stage.embedding.values("weight").device
-        dtype = stage.embedding.compute_dtype
+        block = next(iter(stage.layers.values()))
+        assert isinstance(block, Block)
+        self.stage, self.group = stage, stage.group
+        self.device, self.dtype = block.mlp.down.values("weight").device, block.mlp.down.compute_dtype
         self.run = ForwardOnly()
         self.cache = KeyValueCache(
-            len(stage.layers), batch_size, model.kv_heads, max_tokens, model.head_size, stage.group, dtype, self.device
+            len(stage.layers), batch_size, model.kv_heads, max_tokens, model.head_size, stage.group, self.dtype, self.device
         )  # fmt: skip
         self.padding: Tensor | None = None  # [b]; None where no row has any
         self.turns: Rotation | None = None
@@ -62,23 +62,25 @@ class Decoder:
             self.turns = rotation(torch.arange(max_tokens, device=self.device), model.head_size, model.rope_theta)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
-        """Read `tokens` [b, t] behind all earlier ones. Returns this rank's logits of each row's last token, [b, vocab/tp].
+    def __call__(self, x: Tensor, padding: Tensor | None = None, /) -> Tensor:
+        """Read t tokens of each row behind all earlier ones.
 
-        padding: [b], with the first call: the tokens at each row's left that are none. The result lies in a buffer that the next
-        call overwrites.
+        x: tokens [b, t] on the first stage, else the activations [b, t, h] of the stage before, which are overwritten.
+        padding: [b], with the first call: the tokens at each row's left that are none.
+        Returns activations [b, t, h], on the last stage this rank's logits of each row's last token, [b, vocab/tp]. The first and
+        the last stage's result lies in a buffer that the next call overwrites.
         """
-        tokens = tokens.to(self.device)
+        if (x.dim() == 2) != self.stage.is_first:
+            raise ValueError(f"the first stage reads tokens [b, t], the others activations [b, t, h]: got {list(x.shape)}")
+        x = x.to(self.device)
         if padding is not None:
             if self.cache.length:
                 raise ValueError("padding comes with the first tokens")
             self.padding = padding.to(self.device) if padding.any() else None
-        b, t = tokens.shape
+        b, t = x.shape[:2]
         positions = self._positions(t)
         mask = self._mask(t)
-        x = self.run.embedding("residual", tokens.flatten(), self.stage.embedding)
-        if self.stage.model.position == "learned":
-            x.view(b, t, -1).add_(self.stage.positions.values("weight")[positions])
+        x = self._embed(x, positions) if self.stage.is_first else x.flatten(0, 1)
         turn = self._turn(positions)
         for number, block in enumerate(self.stage.layers.values()):
             assert isinstance(block, Block)
@@ -87,8 +89,17 @@ class Decoder:
             inner = block.mlp.activation(*self.run.columns("mlp", block.mlp_norm(x), block.mlp.columns))
             x += self.run.row("mlp.down", inner, block.mlp.down)
         self.cache.advance(t)
+        if not self.stage.is_last:
+            return x.view(b, t, -1)
         last = self.stage.final_norm(x.view(b, t, -1)[:, -1])
         return self.run.logits("logits", last, self.stage.head or self.stage.embedding)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens: [b, t] -> [b * t, h]."""
+        x = self.run.embedding("residual", tokens.flatten(), self.stage.embedding)
+        if self.stage.model.position == "learned":
+            x.view(*tokens.shape, -1).add_(self.stage.positions.values("weight")[positions])
+        return x
 
     def _attention(self, layer: Attention, number: int, x: Tensor, turn: Rotation | None, mask: Tensor | None) -> Tensor:
         """x: [b, t, h] -> [b * t, h]."""

@@ -7,8 +7,10 @@ several, and may hold two neighbours, between which nothing is sent.
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -60,37 +62,51 @@ def placement(schedule: Schedule) -> list[int]:
         for position, action in enumerate(actions):
             if action.kind is Kind.FORWARD and ranks.setdefault(action.stage, rank) != rank:
                 raise ScheduleError(f"rank {rank}, position {position}: {action} is of a stage that rank {ranks[action.stage]} holds")
-    missing = [stage for stage in range(max(ranks, default=0) + 1) if stage not in ranks]
-    if missing:
-        raise ScheduleError(f"stage {missing[0]} has no forward on any rank")
+    missing = next((stage for stage in range(max(ranks, default=0) + 1) if stage not in ranks), None)
+    if missing is not None:
+        raise ScheduleError(f"stage {missing} has no forward on any rank")
     return [ranks[stage] for stage in range(len(ranks))]
 
 
 def with_transfers(schedule: Schedule) -> Schedule:
     """Add sends right after the computations that make what is sent, and receives ahead of those that need it.
 
-    A receive starts one computation early. All that one rank sends another travels in one order, so receives start in the order of
-    the sends, an early one if need be long before its use.
+    A receive starts one computation before the one that needs it, or earlier: as soon as its tensor would be sent if every
+    computation took its usual time. So a send waits for no more than the computation that its receiver is at, and a schedule that
+    can run at all also runs where few sends may be under way. All that one rank sends another travels in one order, so receives
+    start in the order of the sends.
 
     >>> [str(action) for action in with_transfers([[Action(Kind.FORWARD, 0, 0), Action(Kind.FORWARD, 0, 1)],
     ...                                            [Action(Kind.FORWARD, 1, 0), Action(Kind.FORWARD, 1, 1)]])[1]]
     ['1RF0', '1RF1', '1F0', '1F1']
     """
     ranks = placement(schedule)
-    channels: dict[tuple[int, int], list[Action]] = defaultdict(list)  # by (from, to): the receives, in the order of the sends
-    for rank, computations in enumerate(schedule):
-        for send in (send for action in computations for send in sends_after(action, ranks)):
-            receive = receive_of(send)
-            channels[rank, ranks[receive.stage]].append(receive)
+    times = usual_times(schedule, ranks)
+    sent = {  # by receive: its send's place in the sender's list, and when its tensor is made, if ever
+        receive_of(send): (place, times[rank][place][1] if place < len(times[rank]) else sys.maxsize)
+        for rank, computations in enumerate(schedule)
+        for place, action in enumerate(computations)
+        for send in sends_after(action, ranks)
+    }
     result = []
     for rank, computations in enumerate(schedule):
-        queues = {source: iter(receives) for (source, target), receives in channels.items() if target == rank}
-        started: set[Action] = set()
-        needs = [_start_up_to(receive_before(action, ranks), ranks, queues, started) for action in computations]
-        actions = needs[0] if needs else []
-        for i, action in enumerate(computations):
-            actions += needs[i + 1] if i + 1 < len(needs) else []
-            actions += [action, *sends_after(action, ranks)]
+        starts = [start for start, _ in times[rank]]
+        channels: dict[int, list[tuple[int, int, Action]]] = defaultdict(list)  # by sender: order, the latest place to start, receive
+        for place, action in enumerate(computations):
+            receive = receive_before(action, ranks)
+            if receive is not None:
+                order, made = sent.get(receive, (sys.maxsize, sys.maxsize))
+                latest = min(max(place - 1, 0), bisect_left(starts, made))
+                channels[ranks[peer_stage(receive)]].append((order, latest, receive))
+        starting: dict[int, list[Action]] = defaultdict(list)  # by place in this rank's list, the last one first
+        for channel in channels.values():
+            place = len(computations)
+            for _, latest, receive in sorted(channel, key=lambda entry: entry[:2], reverse=True):
+                place = min(place, latest)
+                starting[place].append(receive)
+        actions: list[Action] = []
+        for place, action in enumerate(computations):
+            actions += [*reversed(starting[place]), action, *sends_after(action, ranks)]
         result.append(actions)
     return result
 
@@ -127,15 +143,37 @@ def peer_stage(transfer: Action) -> int:
     return transfer.stage + (1 if transfer.kind in (Kind.SEND_ACTIVATION, Kind.RECEIVE_GRADIENT) else -1)
 
 
-def _start_up_to(needed: Action | None, ranks: Sequence[int], queues: dict[int, Iterator[Action]], started: set[Action]) -> list[Action]:
-    """The receives to start so that `needed` is among them: those its sender sends before it, and it. A receive that nobody sends
-    stands alone; the validator finds it."""
-    if needed is None or needed in started:
-        return []
-    starting = []
-    for receive in queues.get(ranks[peer_stage(needed)], iter(())):
-        starting.append(receive)
-        if receive == needed:
-            break
-    started.update(starting)
-    return starting if needed in started else [*starting, needed]
+def source_of(action: Action, stages: int) -> Action | None:
+    """The computation on another stage that makes a computation's input, if any; of a gradient, the input gradient, which a
+    backward contains."""
+    if action.kind is Kind.FORWARD and action.stage > 0:
+        return action._replace(stage=action.stage - 1)
+    if action.kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT) and action.stage < stages - 1:
+        return Action(Kind.INPUT_GRADIENT, action.stage + 1, action.micro_batch)
+    return None
+
+
+def usual_times(schedule: Schedule, ranks: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """When each rank's computations start and end if a backward takes 2, any other 1, and transfers no time. ranks: of each stage.
+
+    A rank's list ends before the first computation that can never start.
+    """
+    times: list[list[tuple[int, int]]] = [[] for _ in schedule]
+    made: dict[Action, int] = {}
+
+    def advance(rank: int) -> bool:
+        before = len(times[rank])
+        for action in schedule[rank][before:]:
+            source = source_of(action, len(ranks))
+            if source is not None and source not in made:
+                break
+            start = max(times[rank][-1][1] if times[rank] else 0, made[source] if source else 0)
+            whole = action.kind is Kind.BACKWARD
+            end = start + (2 if whole else 1)
+            times[rank].append((start, end))
+            made[action._replace(kind=Kind.INPUT_GRADIENT) if whole else action] = end
+        return len(times[rank]) > before
+
+    while any(advance(rank) for rank in range(len(schedule))):
+        pass
+    return times

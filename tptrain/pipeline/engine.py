@@ -1,33 +1,75 @@
-"""Runs any schedule on any stage.
+"""Runs any schedule on any stages.
 
 The engine knows no model. A stage is a callable (input, targets or None, micro-batch's number) -> output; the first stage's input
-is a micro-batch of the batch, the last stage's output with targets is the micro-batch's summed loss.
+is a micro-batch of the batch, the last stage's output with targets is the micro-batch's summed loss. A stage makes new tensors: its
+output is no view of its input, and its weights' gradients none of its output's.
+
+    forward          input ── stage ── output ──> next stage          kept: the input, and what autograd saves
+    backward         input's gradient <── backward ── output's gradient    weight gradients: at once, or as the
+    input gradient   the same, the weight gradients put off                schedule asks, in an action of their own
+    weight gradient  what was put off
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from tptrain.pipeline.actions import Action, Kind
-from tptrain.pipeline.transfer import Receive, Transfer
+from tptrain.pipeline.actions import Action, Kind, peer_stage
+from tptrain.pipeline.clock import Clock
+from tptrain.pipeline.timeline import Span
+from tptrain.pipeline.transfer import Message, Transfer
 
 Stage = Callable[[Tensor, Tensor | None, int], Tensor]
+Task = tuple[int, int]
+"""A stage and a micro-batch."""
+
+
+class Backward(Protocol):
+    """What a backward needs that is not the pipeline's to know."""
+
+    def before(self, stage: int, last: bool) -> None:
+        """Called before each backward of a stage; last: whether it completes the stage's gradients."""
+
+    def complete(self, stage: int) -> None:
+        """Called when put-off weight gradients were what completed the stage's gradients."""
+
+    def putting_off(self) -> AbstractContextManager[list[Callable[[], None]]]:
+        """In the block, weight gradients are not made; the list gets what makes them."""
+
+
+class _Live(NamedTuple):
+    """What a micro-batch keeps on a stage from its forward to its backward."""
+
+    x: Tensor
+    x_is_buffer: bool
+    output: GradientEdge
 
 
 class PipelineEngine:
-    """One rank's part of the pipeline: its stage, and the micro-batches in flight on it."""
+    """One rank's part of the pipeline: its stages, and the micro-batches in flight on them."""
 
-    def __init__(self, stage: Stage, stage_index: int, num_stages: int, transfer: Transfer) -> None:
-        self.stage = stage
-        self.is_first, self.is_last = stage_index == 0, stage_index == num_stages - 1
-        self.transfer = transfer
-        self._receives: dict[tuple[Kind, int], Receive] = {}
-        self._live: dict[int, tuple[Tensor, Tensor]] = {}  # micro-batch -> (input, output), from forward to backward
-        self._gradients: dict[int, Tensor] = {}  # micro-batch -> input gradient, from backward to its send
-        self._activations: dict[int, Tensor] = {}  # micro-batch -> output, from forward to its send
+    def __init__(self, stages: Mapping[int, Stage], ranks: Sequence[int], transfer: Transfer) -> None:
+        """stages: this rank's, by their numbers in the pipeline. ranks: the pipeline rank of each stage."""
+        self.stages, self.ranks, self.transfer = stages, ranks, transfer
+        self.last_stage = len(ranks) - 1
+        self.clock = Clock(transfer.mesh.device)
+        self._receives: dict[Action, Message] = {}
+        self._live: dict[Task, _Live] = {}
+        self._weight_work: dict[Task, list[Callable[[], None]]] = {}  # from input gradient to weight gradient
+        self._lent: dict[Task, list[Tensor]] = {}  # buffers to give back after the weight gradient
+        self._activations: dict[Task, Tensor] = {}  # outputs, from forward to their send or the next stage here
+        self._gradients: dict[Task, Tensor] = {}  # inputs' gradients, from backward to their send or the stage before here
+
+    @property
+    def spans(self) -> list[Span]:
+        """What the last step computed when."""
+        return self.clock.spans()
 
     def train(
         self,
@@ -35,25 +77,30 @@ class PipelineEngine:
         inputs: Sequence[Tensor] | None,
         targets: Sequence[Tensor] | None,
         loss_scale: Tensor,
-        before_backward: Callable[[bool], None],
+        backward: Backward,
     ) -> Tensor:
-        """Run forwards and backwards; gradients accumulate in the stage's parameters.
+        """Run forwards and backwards; gradients accumulate in the stages' parameters.
 
-        inputs, targets: the micro-batches, on the first and the last stage.
+        inputs, targets: the micro-batches, on the ranks of the first and of the last stage.
         loss_scale: scalar that the summed losses are multiplied by for the gradient, on the last stage.
-        before_backward: called before each backward with whether it is the stage's last.
         Returns the summed loss of all micro-batches (fp64 scalar), zero off the last stage.
         """
-        last_backward = max((i for i, action in enumerate(actions) if action.kind is Kind.BACKWARD), default=-1)
+        completing = {action.stage: action for action in actions if action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)}
         loss = torch.zeros((), dtype=torch.float64, device=self.transfer.mesh.device)
-        for position, action in enumerate(actions):
-            if action.kind is Kind.FORWARD:
-                output = self._forward(action, inputs, targets)
-                if self.is_last:
-                    loss += output.detach()
-            elif action.kind is Kind.BACKWARD:
-                before_backward(position == last_backward)
-                self._backward(action, loss_scale)
+        self.clock.restart()
+        for action in actions:
+            kind, stage, _ = action
+            if kind is Kind.FORWARD:
+                made = self._forward(action, inputs, targets)
+                if made is not None:
+                    loss += made.detach()
+            elif kind is Kind.WEIGHT_GRADIENT:
+                self._weight_gradient(action)
+                if completing[stage] == action:
+                    backward.complete(stage)
+            elif kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT):
+                backward.before(stage, completing[stage] == action)
+                self._backward(action, loss_scale, backward)
             else:
                 self._communicate(action)
         self.transfer.flush()
@@ -65,41 +112,93 @@ class PipelineEngine:
         outputs = []
         for action in actions:
             if action.kind is Kind.FORWARD:
-                output = self._forward(action, inputs, targets)
-                self._live.clear()
-                if self.is_last:
-                    outputs.append(output)
+                made = self._forward(action, inputs, targets)
+                if made is not None:
+                    outputs.append(made)
             else:
                 self._communicate(action)
         self.transfer.flush()
         return outputs
 
-    def _forward(self, action: Action, inputs: Sequence[Tensor] | None, targets: Sequence[Tensor] | None) -> Tensor:
-        m = action.micro_batch
-        if self.is_first:
+    # ---- computations ----------------------------------------------------------------------------------------
+
+    def _forward(self, action: Action, inputs: Sequence[Tensor] | None, targets: Sequence[Tensor] | None) -> Tensor | None:
+        """Returns the output of the last stage; that of others is on its way, and not held here."""
+        _, stage, m = action
+        training, buffer = torch.is_grad_enabled(), False
+        if stage == 0:
             assert inputs is not None
             x = inputs[m]
         else:
-            x = self._receives.pop((Kind.RECEIVE_ACTIVATION, m)).wait()
-            x.requires_grad_(torch.is_grad_enabled())
-        output = self.stage(x, targets[m] if targets is not None and self.is_last else None, m)
-        self._live[m] = (x, output)
-        if not self.is_last:
-            self._activations[m] = output.detach()
-        return output
+            x, buffer = self._take(self._activations, (stage - 1, m), action._replace(kind=Kind.RECEIVE_ACTIVATION))
+            x.requires_grad_(training)
+        with self.clock.computing(action):
+            output = self.stages[stage](x, targets[m] if targets is not None and stage == self.last_stage else None, m)
+        if training:
+            self._live[stage, m] = _Live(x, buffer, get_gradient_edge(output))
+        elif buffer:
+            self.transfer.reuse(x)
+        if stage == self.last_stage:
+            return output
+        self._activations[stage, m] = output.detach()
+        return None
 
-    def _backward(self, action: Action, loss_scale: Tensor) -> None:
-        x, output = self._live.pop(action.micro_batch)
-        received = None if self.is_last else self._receives.pop((Kind.RECEIVE_GRADIENT, action.micro_batch)).wait()
-        torch.autograd.backward(output, loss_scale.to(output.dtype) if received is None else received)
-        if not self.is_first:
+    def _backward(self, action: Action, loss_scale: Tensor, backward: Backward) -> None:
+        kind, stage, m = action
+        x, x_is_buffer, output = self._live.pop((stage, m))
+        lent = [x] if x_is_buffer else []
+        if stage == self.last_stage:
+            gradient = None
+        else:
+            gradient, buffer = self._take(self._gradients, (stage + 1, m), action._replace(kind=Kind.RECEIVE_GRADIENT))
+            self.transfer.finish(action._replace(kind=Kind.SEND_ACTIVATION))  # whoever answers has received
+            lent += [gradient] if buffer else []
+        with self.clock.computing(action):
+            if kind is Kind.BACKWARD:
+                _run_backward(output, gradient, loss_scale)
+            else:
+                with backward.putting_off() as work:
+                    _run_backward(output, gradient, loss_scale)
+                self._weight_work[stage, m] = work
+        if stage > 0:
             assert x.grad is not None
-            self._gradients[action.micro_batch] = x.grad
+            self._gradients[stage, m] = x.grad
+            x.grad = None
+        if kind is Kind.BACKWARD:
+            self._give_back(lent)
+        else:
+            self._lent[stage, m] = lent
+
+    @torch.no_grad()
+    def _weight_gradient(self, action: Action) -> None:
+        task = (action.stage, action.micro_batch)
+        with self.clock.computing(action):
+            for make in self._weight_work.pop(task):
+                make()
+        self._give_back(self._lent.pop(task))
+
+    # ---- what goes between stages ------------------------------------------------------------------------------
+
+    def _take(self, here: dict[Task, Tensor], task: Task, receive: Action) -> tuple[Tensor, bool]:
+        """What another stage made: from this rank, or received; and whether it lies in a buffer."""
+        if self.ranks[task[0]] == self.ranks[receive.stage]:
+            return here.pop(task), False
+        return self._receives.pop(receive).wait(), True
 
     def _communicate(self, action: Action) -> None:
+        peer, task = self.ranks[peer_stage(action)], (action.stage, action.micro_batch)
         if action.kind is Kind.SEND_ACTIVATION:
-            self.transfer.send(action, self._activations.pop(action.micro_batch))
+            self.transfer.send(action, peer, self._activations.pop(task), len(self.ranks))
         elif action.kind is Kind.SEND_GRADIENT:
-            self.transfer.send(action, self._gradients.pop(action.micro_batch))
+            self.transfer.send(action, peer, self._gradients.pop(task), len(self.ranks))
         else:
-            self._receives[action.kind, action.micro_batch] = self.transfer.receive(action)
+            self._receives[action] = self.transfer.receive(action, peer)
+
+    def _give_back(self, buffers: list[Tensor]) -> None:
+        for buffer in buffers:
+            self.transfer.reuse(buffer)
+
+
+def _run_backward(output: GradientEdge, gradient: Tensor | None, loss_scale: Tensor) -> None:
+    """Backward from a stage's output; of the last stage, from its loss."""
+    torch.autograd.backward(output, loss_scale.float() if gradient is None else gradient)

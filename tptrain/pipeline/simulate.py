@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tptrain.pipeline.actions import COMPUTATIONS, Action, Kind, Schedule, ScheduleError, placement
+from tptrain.pipeline.actions import COMPUTATIONS, Action, Kind, Schedule, ScheduleError, placement, source_of
 from tptrain.pipeline.timeline import Span, Timeline, bubble_fraction, duration
 
 
@@ -28,7 +28,7 @@ class Costs:
     """The gradient of a stage's input, of each stage."""
     weight_gradient: Sequence[float]
     """The gradients of a stage's weights, of each stage. A backward that is one action costs both."""
-    transfer: float = 0.0
+    transfer: float = 0
     """From the end of a computation until another rank can use what it made."""
 
     def of(self, computation: Action) -> float:
@@ -114,11 +114,10 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
 def _need(action: Action, stages: int) -> Action | None:
     """The computation whose end this one waits for. What that needed itself has ended too."""
     kind, stage, m = action
-    if kind is Kind.FORWARD:
-        return Action(kind, stage - 1, m) if stage > 0 else None
     if kind is Kind.WEIGHT_GRADIENT:
         return Action(Kind.INPUT_GRADIENT, stage, m)
-    return Action(Kind.INPUT_GRADIENT, stage + 1, m) if stage < stages - 1 else Action(Kind.FORWARD, stage, m)
+    source = source_of(action, stages)
+    return Action(Kind.FORWARD, stage, m) if source is None and kind is not Kind.FORWARD else source
 
 
 def _live(spans: Sequence[Span]) -> list[tuple[float, int]]:

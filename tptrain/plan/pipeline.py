@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from tptrain.config import Config
 from tptrain.model.flops import block_flops, head_flops, stage_parameters
-from tptrain.pipeline.actions import Schedule, placement
+from tptrain.pipeline.actions import COMPUTATIONS, Schedule, placement
+from tptrain.pipeline.load import load_schedule
 from tptrain.pipeline.partition import partition
-from tptrain.pipeline.schedules import SCHEDULES
 from tptrain.pipeline.simulate import Costs, simulate
 
 
@@ -45,7 +45,7 @@ class PipelinePlan:
 def describe(config: Config) -> PipelinePlan:
     """The plan of a resolved config's pipeline. Raises ConfigError for a schedule file that cannot run."""
     model = config.model
-    schedule = _schedule(config)
+    schedule = [[action for action in actions if action.kind in COMPUTATIONS] for actions in load_schedule(config.parallel)]
     ranks = placement(schedule)
     bounds = stage_layers(config, ranks)
     stages = [
@@ -76,8 +76,3 @@ def recomputed_flops(config: Config, first_layer: int, last_layer: int) -> int:
     blocks = (last_layer - first_layer) * block_flops(config.model, config.data.seq_len)
     head = head_flops(config.model) if last_layer == config.model.num_layers else 0
     return blocks * (config.parallel.recompute == "full") + head * (config.train.loss_chunk_tokens is not None)
-
-
-def _schedule(config: Config) -> Schedule:
-    parallel = config.parallel
-    return SCHEDULES[parallel.schedule](parallel.pp, int(parallel.stages_per_rank), parallel.micro_batches)

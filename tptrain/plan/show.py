@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tptrain.config import Config
+from tptrain.pipeline.notation import dumps
 from tptrain.plan.pipeline import PipelinePlan, describe
 
 
@@ -19,7 +20,7 @@ def plan(config: Config) -> None:
     for label, text in facts(config, described):
         terminal.print(f"{label:<12}{text}", soft_wrap=True)
     sys.stderr.flush()
-    sys.stdout.write(lines(described))
+    sys.stdout.write(dumps(described.schedule))
 
 
 def stage_table(described: PipelinePlan) -> Table:
@@ -46,8 +47,3 @@ def facts(config: Config, described: PipelinePlan) -> list[tuple[str, str]]:
         ("bubble", f"{described.bubble_fraction:.1%} of the ranks' time, by FLOPs"),
         ("activations", f"at most {peaks} live, rank by rank; one is what a stage keeps of a micro-batch"),
     ]
-
-
-def lines(described: PipelinePlan) -> str:
-    """The schedule, a line a rank."""
-    return "".join(" ".join(map(str, actions)) + "\n" for actions in described.schedule)

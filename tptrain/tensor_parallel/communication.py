@@ -25,6 +25,9 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 class CommunicationError(RuntimeError):
     """A rank of the group did not answer in time, or is gone."""
 
+    waited_for: int | None = None
+    """Which one, counted over the whole job, where there was but one."""
+
 
 class Pending:
     """A result under way."""
@@ -41,7 +44,9 @@ class Pending:
         except RuntimeError as error:
             others = [rank for rank in dist.get_process_group_ranks(self._group) if rank != dist.get_rank()]
             message = f"rank {dist.get_rank()} gave up its {self._what} with rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
-            raise CommunicationError(f"{message}: {error}") from error
+            given_up = CommunicationError(f"{message}: {error}")
+            given_up.waited_for = others[0] if len(others) == 1 else None
+            raise given_up from error
         return self._finish()
 
 

@@ -201,11 +201,11 @@ class _LookUp(torch.autograd.Function):
 
 def head_of(layer: ColumnParallelLinear | VocabParallelEmbedding) -> Operand:
     """The layer that makes logits: a column layer, or an embedding used as one, [vocab/tp, h] either way. No bias."""
-    return Operand(layer.weight, layer.values("weight"), None, None)
+    return Operand(layer.weight, layer.values("weight"), None, None, None, layer.deferral)
 
 
 def _operand(layer: ColumnParallelLinear | RowParallelLinear, rows: slice | None = None) -> Operand:
     weight, bias = layer.values("weight"), None if layer.bias is None else layer.values("bias")
     if rows is not None:
         weight, bias = weight[rows], None if bias is None else bias[rows]
-    return Operand(layer.weight, weight, layer.bias, bias, rows)
+    return Operand(layer.weight, weight, layer.bias, bias, rows, layer.deferral)

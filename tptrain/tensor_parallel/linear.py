@@ -27,6 +27,7 @@ from tptrain.tensor_parallel.communication import (
     start_all_reduce,
     start_reduce_scatter,
 )
+from tptrain.tensor_parallel.deferral import Deferral
 from tptrain.tensor_parallel.parameter import add_gradient, add_product
 
 
@@ -41,6 +42,8 @@ class Operand:
     bias_values: Tensor | None
     rows: slice | None = None
     """The rows of the weight's local part that `weight_values` are, where not all."""
+    deferral: Deferral | None = None
+    """Who decides when the gradients of weight and bias are made; None: at once."""
 
 
 def column_linears(
@@ -115,7 +118,7 @@ class _RowProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,), operand, matrix = ctx.saved_tensors, ctx.operand, _matrix(grad)
         x_grad = (matrix @ operand.weight_values).view(x.shape) if ctx.needs_input_grad[0] else None
-        add_product(operand.weight, matrix, _matrix(x), operand.rows)
+        _add_gradients(operand, matrix, _matrix(x), bias=False)
         return x_grad, None, None
 
 
@@ -138,10 +141,18 @@ class _RowSum(torch.autograd.Function):
         return gathering.wait() if gathering else grad, None, None, None, None
 
 
-def _add_gradients(operand: Operand, y_grad: Tensor, x: Tensor) -> None:
-    add_product(operand.weight, y_grad, x, operand.rows)
-    if operand.bias is not None:
-        add_gradient(operand.bias, y_grad.sum(0), operand.rows)
+def _add_gradients(operand: Operand, y_grad: Tensor, x: Tensor, bias: bool = True) -> None:
+    """Add the gradients of weight and bias, now or later. y_grad: [n, out], x: [n, in]."""
+
+    def make() -> None:
+        add_product(operand.weight, y_grad, x, operand.rows)
+        if bias and operand.bias is not None:
+            add_gradient(operand.bias, y_grad.sum(0), operand.rows)
+
+    if operand.deferral is None:
+        make()
+    else:
+        operand.deferral.do(make)
 
 
 def _start_gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Pending:

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tptrain.tensor_parallel.communication import shard_bounds
+from tptrain.tensor_parallel.deferral import Deferral
 
 
 def labelled_parameter(shape: Sequence[int], shard_dim: int | None, tp: DeviceMesh, device: torch.device) -> nn.Parameter:
@@ -46,6 +47,8 @@ class LabelledModule(nn.Module):
     """
 
     compute_dtype = torch.float32
+    deferral: Deferral | None = None
+    """Who decides when a linear layer's weight gradient is made; None: at once."""
     partial_gradients: tuple[str, ...] = ()
     """Replicated parameters of which each tp rank makes a part of the gradient; the step sums them over tp, once."""
 
@@ -79,6 +82,12 @@ def compute_in(module: nn.Module, dtype: torch.dtype) -> None:
     """Let all labelled layers of `module` compute in `dtype`; their parameters stay as they are."""
     for layer in _labelled(module):
         layer.compute_dtype = dtype
+
+
+def defer_by(module: nn.Module, deferral: Deferral) -> None:
+    """Let `deferral` decide when the labelled layers of `module` make their weights' gradients."""
+    for layer in _labelled(module):
+        layer.deferral = deferral
 
 
 def drop_copies(module: nn.Module) -> None:

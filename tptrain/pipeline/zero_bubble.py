@@ -1,0 +1,88 @@
+"""Schedules that split the backward: the input gradient (I) goes out first, the weight gradient (W) fills what would be a bubble.
+
+zb_h1, p=3, m=4      rank 0  F0 F1 F2       I0 W0 F3 I1 W1 I2 W2 I3 W3
+(Qi et al. 2023)     rank 1     F0 F1    I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
+                     rank 2        F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
+
+zb_v, p=2, m=3; stages 0 and 3 on rank 0, 1 and 2 on rank 1; written stage, kind, micro-batch
+(Qi et al. 2024)     rank 0  0F0 0F1 0F2 3F0 3I0 3W0 3F1 0I0 3I1 0W0 3W1     3F2 0I1 3I2 0W1 3W2 0I2 0W2
+                     rank 1      1F0 2F0 1F1 2F1 2I0 1I0 1W0 2W0 2I1 1F2 2F2 1I1 1W1 2W1 2I2 1I2 1W2 2W2
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from tptrain.pipeline.actions import Action, Kind, Schedule, source_of
+
+F, I, W = Kind.FORWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT  # noqa: E741
+
+
+def zb_h1(ranks: int, stages_per_rank: int, micro_batches: int) -> Schedule:
+    """1F1B with weight gradients put off: stage s does a micro-batch's s micro-batches late ("Zero Bubble Pipeline Parallelism",
+    Qi et al. 2023, section 2.2, handcrafted schedule ZB-H1).
+
+    Every rank keeps at most p micro-batches' activations, as 1F1B's first does. With F, I and W of one unit each the step takes
+    3m + p - 1 units for m >= p, where 1F1B takes 3m + 3(p - 1).
+    """
+    assert stages_per_rank == 1
+    schedule = []
+    for stage in range(ranks):
+        ahead = min(ranks - 1 - stage, micro_batches)
+        actions = [Action(F, stage, m) for m in range(ahead)]
+        waiting = 0  # the first micro-batch whose weight gradient is still to do
+        for m in range(micro_batches):
+            forwards_left = ahead + m < micro_batches
+            actions += [Action(F, stage, ahead + m)] * forwards_left + [Action(I, stage, m)]
+            if m >= stage or not forwards_left:
+                actions.append(Action(W, stage, waiting))
+                waiting += 1
+        schedule.append(actions + [Action(W, stage, m) for m in range(waiting, micro_batches)])
+    return schedule
+
+
+_TURNS = ((F, 0), (F, 1), (I, 0), (I, 1))
+"""The order in which a rank of `zb_v` prefers its work; 0 is its first stage, on the V's way down, 1 its second, on the way up."""
+
+
+def zb_v(ranks: int, stages_per_rank: int, micro_batches: int) -> Schedule:
+    """Two stages a rank in a V, s and 2p - 1 - s ("Pipeline Parallelism with Controllable Memory", Qi et al. 2024, ZB-V).
+
+    Made by playing the step with F, I and W of one unit each: a free rank takes, in turn after what it did last, a forward or an
+    input gradient that is ready, else a weight gradient. It keeps at most 2p activations of a stage, p micro-batches' worth, and
+    leaves the last of them to its second stage, whose backward comes first: so a micro-batch that is under way can always finish.
+    The step takes max(6m + p - 1, 4m + 3p - 1, 2m + 4p - 1) units, half of zb_h1's, for p up to 11, and at most 5 more to p = 16.
+    """
+    assert stages_per_rank == 2
+    legs = [(rank, 2 * ranks - 1 - rank) for rank in range(ranks)]
+    schedule: Schedule = [[] for _ in range(ranks)]
+    following: dict[tuple[Kind, int], int] = defaultdict(int)  # by kind and stage: the micro-batch whose turn it is
+    live, last_turn = [0] * ranks, [-1] * ranks
+    done: set[Action] = set()
+
+    def ready(kind: Kind, rank: int, leg: int) -> Action | None:
+        action = Action(kind, legs[rank][leg], following[kind, legs[rank][leg]])
+        if action.micro_batch == micro_batches or (kind is F and live[rank] >= 2 * ranks - 1 + leg):
+            return None
+        own = None if kind is F else action._replace(kind=F if kind is I else I)
+        sources = (source_of(action, 2 * ranks), own)
+        return action if all(source is None or source in done for source in sources) else None
+
+    def choose(rank: int) -> Action | None:
+        for turn in range(last_turn[rank] + 1, last_turn[rank] + 1 + len(_TURNS)):
+            kind, leg = _TURNS[turn % len(_TURNS)]
+            action = ready(kind, rank, leg)
+            if action is not None:
+                last_turn[rank] = turn % len(_TURNS)
+                return action
+        return ready(W, rank, 0) or ready(W, rank, 1)
+
+    while len(done) < 3 * 2 * ranks * micro_batches:
+        chosen = [choose(rank) for rank in range(ranks)]
+        for rank, action in enumerate(chosen):
+            if action is not None:
+                schedule[rank].append(action)
+                following[action.kind, action.stage] += 1
+                live[rank] += (action.kind is F) - (action.kind is W)
+                done.add(action)
+    return schedule
