@@ -178,7 +178,7 @@ def test_completion_knows_overrides_also_after_a_verb(run_here, capsys, monkeypa
 
 
 def test_what_needs_no_torch_imports_none(tmp_path: Path):
-    heavy = ("torch", "datasets", "wandb", "rich", "numpy")
+    heavy = ("torch", "datasets", "wandb", "rich", "numpy", "matplotlib")
     script = f"""
 import json, sys
 from tptrain.cli import main
@@ -188,7 +188,8 @@ try:
 finally:
     print(json.dumps([name for name in {heavy} if name in sys.modules]), file=sys.stderr)
 """
-    for arguments in (["--cfg", "job", "model=gpt_1b", "parallel=tp4_pp2"], ["--help"], ["parallel.tp=3"], ["generate", "--cfg", "job"]):
+    other_verbs = ["generate", "--cfg", "job"], ["plot", "--help"]
+    for arguments in (["--cfg", "job", "model=gpt_1b", "parallel=tp4_pp2"], ["--help"], ["parallel.tp=3"], *other_verbs):
         done = subprocess.run(
             [sys.executable, "-c", script, json.dumps(arguments)], cwd=tmp_path, env=environment(), capture_output=True, text=True
         )

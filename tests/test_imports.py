@@ -28,11 +28,12 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"tensor_parallel", "model"},
     "pipeline_decoder": {"pipeline", "model", "mesh"},
     "generate_config": {"config"},
+    "plot_config": {"config"},
     "plan": {"config", "model", "pipeline"},
     # around them
     "data": {"config", "files"},
     "checkpoint": {"model", "mesh", "config", "files"},
-    "monitor": {"config", "files"},
+    "monitor": {"config", "files", "pipeline"},
     # from a command to running ranks
     "job": {"config"},
     "failures": {"config"},
@@ -42,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "verdict": set(),
     "prove": {"config", "data", "failures", "files", "job", "launch", "verdict"},
     "answer": {"checkpoint", "config", "data", "failures", "generate_config", "job", "launch"},
-    "cli": {"answer", "config", "generate_config", "job", "launch", "plan", "prove", "ranks", "refusal"},
+    "plot": {"config", "files", "monitor", "pipeline", "plot_config"},
+    "cli": {"answer", "config", "generate_config", "job", "launch", "plan", "plot", "plot_config", "prove", "ranks", "refusal"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -110,6 +112,7 @@ def test_the_parser_sees_imports() -> None:
 
 
 BEFORE_RANKS = {"config", "generate_config", "files", "data", "job", "failures", "refusal", "launch", "ranks", "answer", "plan", "cli"}
+BEFORE_RANKS |= {"monitor", "plot", "plot_config"}
 
 
 def test_no_torch_before_the_ranks_start() -> None:

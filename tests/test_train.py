@@ -55,7 +55,7 @@ def kill_all(process: subprocess.Popen[str], run_dir: Path) -> None:
 
 def test_the_run_folder(unbroken: Path) -> None:
     assert [step for step, _, _ in losses(unbroken)] == list(range(1, STEPS + 1))
-    keys = ["step", "tokens", "loss", "grad_norm", "lr", "step_time", "tokens_per_second", "mfu", "peak_memory_bytes"]
+    keys = ["step", "tokens", "loss", "grad_norm", "lr", "step_time", "tokens_per_second", "mfu", "bubble_fraction", "peak_memory_bytes"]
     records = read_metrics(unbroken)
     assert list(records[0]) == keys
     assert records[0]["tokens"] == 8 * 16
@@ -68,6 +68,7 @@ def test_the_run_folder(unbroken: Path) -> None:
     assert (unbroken / ".hydra/overrides.yaml").is_file()
     assert (unbroken / "config.yaml").is_file()
     assert (unbroken / "logs/rank-0.log").is_file()
+    assert [path.name for path in (unbroken / "traces").iterdir()] == ["step-00000005.json"], "train.trace_steps=[5]"
 
 
 def test_the_loss_starts_at_chance_and_falls(unbroken: Path) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tptrain.config import Config, ConfigError, refuse, resolve
 from tptrain.generate_config import GenerateConfig
+from tptrain.plot_config import PlotConfig
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -88,11 +89,23 @@ def plan(cfg: DictConfig, run_dir: Path) -> None:
     show.plan(resolve(typed(cfg)))
 
 
+def plot(cfg: DictConfig, run_dir: Path) -> None:
+    """Draw a run: `run=FOLDER`."""
+    from tptrain import launch
+
+    if launch.given_place() is not None:
+        raise ConfigError("tptrain plot is one process, but this is one of a launcher's: run it without torchrun")
+    from tptrain.plot import plot as draw
+
+    draw(typed_as(PlotConfig, cfg))
+
+
 VERBS = {
     "train": Verb(train),
     "check": Verb(check),
     "generate": Verb(generate, "generate", GenerateConfig, {"prompt": "prompt", "checkpoint": "checkpoint.load"}, keeps=False),
     "plan": Verb(plan, keeps=False),
+    "plot": Verb(plot, "plot", PlotConfig, {"run": "run", "to": "to"}, keeps=False),
 }
 
 
@@ -281,6 +294,7 @@ def _store_schemas() -> None:
 
     ConfigStore.instance().store(name="schema", node=schema())
     ConfigStore.instance().store(name="generate_schema", node=schema(GenerateConfig))
+    ConfigStore.instance().store(name="plot_schema", node=schema(PlotConfig))
 
 
 def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,10 +14,12 @@ from tptrain.data.store import TokenStore
 from tptrain.mesh import Mesh
 from tptrain.model.flops import flops_per_token, num_parameters
 from tptrain.monitor.console import Console
-from tptrain.monitor.metrics import MetricsFile, Record, eval_record, train_record
+from tptrain.monitor.metrics import MetricsFile, Record, bubble_fraction, eval_record, train_record
 from tptrain.monitor.peak_memory import peak_memory_bytes
 from tptrain.monitor.status import write_status
+from tptrain.monitor.trace import RankSpans, plain_spans, write_trace
 from tptrain.monitor.wandb_run import start_wandb
+from tptrain.pipeline.timeline import Span, busy, duration
 from tptrain.plan.pipeline import describe
 from tptrain.tensor_parallel.parameter import local_part
 from tptrain.trainer import StepResult, Trainer
@@ -24,14 +28,14 @@ from tptrain.trainer import StepResult, Trainer
 class Report:
     """What the run says of itself: terminal, metrics.jsonl, status.json and W&B on rank 0; on other ranks nothing.
 
-    Memory is the largest over ranks, so every rank calls every method.
+    Some numbers are of all ranks, so every rank calls every method.
     """
 
     def __init__(self, config: Config, mesh: Mesh, trainer: Trainer, run_dir: Path, store: TokenStore) -> None:
         self.config, self.mesh, self.run_dir = config, mesh, run_dir
         self.tokens_per_step = config.batch_size * config.data.seq_len
         self.speaks = dist.get_rank() == 0
-        parameters = self.gather(sum(local_part(p).numel() for _, p in trainer.share.named_parameters()))
+        parameters = [int(count) for (count,) in self.gather([sum(local_part(p).numel() for _, p in trainer.share.named_parameters())])]
         if not self.speaks:
             return
         first_step = trainer.steps_done
@@ -52,17 +56,19 @@ class Report:
         self.console.banner(facts)
         self.wandb = start_wandb(config, run_dir, facts)
 
-    def gather(self, value: int) -> list[int]:
-        """Every rank's value, by rank."""
-        values = torch.zeros(self.mesh.world.size(), dtype=torch.int64, device=self.mesh.device)
-        values[dist.get_rank()] = value
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Every rank's numbers, by rank, in one all-reduce; exact for integers below 2^53."""
+        values = torch.zeros(self.mesh.world.size(), len(numbers), dtype=torch.float64, device=self.mesh.device)
+        values[dist.get_rank()] = torch.tensor(numbers, dtype=torch.float64)
         if self.mesh.world.size() > 1:
             dist.all_reduce(values, group=self.mesh.world)
         return values.tolist()
 
-    def step(self, step: int, result: StepResult, step_seconds: float | None, samples: int) -> None:
-        """Log a training step; step_seconds: mean over the steps since the last logged one. samples: read since the start."""
-        peak_memory = max(self.gather(peak_memory_bytes(self.mesh.device.type)))
+    def step(self, step: int, result: StepResult, step_seconds: float | None, samples: int, spans: Sequence[Span]) -> None:
+        """Log a training step. step_seconds: mean over the steps since the last logged one. samples: read since the start.
+        spans: what this rank computed when in the step."""
+        own = [peak_memory_bytes(self.mesh.device.type), busy(spans), duration([list(spans)])]
+        peak_memory, busy_seconds, window_seconds = zip(*self.gather(own), strict=True)
         if self.speaks:
             record = train_record(
                 step=step,
@@ -75,10 +81,37 @@ class Report:
                 model_flops_per_token=flops_per_token(self.config.model, self.config.data.seq_len),
                 peak_flops_per_second=self.config.hardware.peak_flops_per_second,
                 processes=self.mesh.world.size(),
-                peak_memory_bytes=peak_memory,
+                bubble_fraction=bubble_fraction(busy_seconds, window_seconds),
+                peak_memory_bytes=int(max(peak_memory)),
             )
             self._log(record)
             self.console.step(record)
+
+    def common_zero(self, step: int) -> float | None:
+        """Let all ranks begin a step that is to be traced at one moment; its time on this rank's `time.perf_counter`. Else None.
+
+        The ranks' clocks then agree but for the fraction of a millisecond in which an all-reduce returns on one after the other.
+        """
+        if step not in self.config.train.trace_steps:
+            return None
+        token = torch.zeros(1, device=self.mesh.device)
+        if self.mesh.world.size() > 1:
+            dist.all_reduce(token, group=self.mesh.world)
+        token.item()  # the device too has nothing left to do
+        return time.perf_counter()
+
+    def trace(self, step: int, spans: Sequence[Span], zero: float) -> None:
+        """Keep what all ranks computed when in a step. spans: of this rank. zero: what `common_zero` gave it before the step."""
+        mesh = self.mesh
+        own = RankSpans(dist.get_rank(), mesh.pp_rank, mesh.dp_rank, mesh.tp_rank, plain_spans(spans, zero))
+        ranks: list[RankSpans] = [own] * mesh.world.size()
+        if mesh.world.size() > 1:
+            dist.gather_object(own, ranks if self.speaks else None, dst=0, group=mesh.world)
+        if self.speaks and any(each.spans for each in ranks):
+            parallel = self.config.parallel
+            layout = {"tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp}
+            facts = {"layout": layout, "schedule": parallel.schedule, "micro_batches": parallel.micro_batches}
+            write_trace(self.run_dir, step, ranks, facts)
 
     def evaluation(self, step: int, val_loss: float) -> None:
         """Log an evaluation."""

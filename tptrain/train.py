@@ -39,17 +39,20 @@ def train(config: Config, run_dir: Path, store_dir: Path) -> float | None:
     try:
         timer.start()
         while trainer.steps_done < max_steps:
+            zero = report.common_zero(trainer.steps_done + 1)
             result = trainer.step()
             step, last = trainer.steps_done, trainer.steps_done == max_steps
             logs = last or is_due(step, config.train.log_every)
             evaluates = config.train.eval_steps > 0 and (last or is_due(step, config.train.eval_every))
             saves = last or is_due(step, config.checkpoint.every)
-            if logs or evaluates or saves:
+            if logs or evaluates or saves or zero is not None:
                 result.wait()  # for the device, so that the clock stops after the step
             timer.step()
             with timer.paused():
                 if logs:
-                    report.step(step, result, timer.take(), trainer.samples_done)
+                    report.step(step, result, timer.take(), trainer.samples_done, trainer.spans)
+                if zero is not None:
+                    report.trace(step, trainer.spans, zero)
                 if evaluates:
                     val_loss = trainer.evaluate()
                     report.evaluation(step, val_loss)

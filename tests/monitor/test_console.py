@@ -30,6 +30,7 @@ def record(step: int, loss: float | None = 2.3456) -> dict:
         "step_time": 0.09375,
         "tokens_per_second": 12_345.0,
         "mfu": None,
+        "bubble_fraction": 0.114,
         "peak_memory_bytes": 1,
     }
 
@@ -54,17 +55,26 @@ def show_all(console):
 def test_without_a_terminal_each_record_is_one_line(config):
     console, file = make(config)
     console.step(record(120))
+    assert file.getvalue() == "step   120/600  loss 2.3456  grad 0.91  lr 9.8e-04  12.3k tok/s  bubble  11 %  ETA 0:45\n"
+    console.step({**record(130), "bubble_fraction": None})
+    assert "  12.3k tok/s  bubble   - %  ETA " in file.getvalue()
+
+
+def test_one_stage_has_no_bubble(config):
+    config.parallel.pp = 1
+    console, file = make(config)
+    console.step(record(120))
     assert file.getvalue() == "step   120/600  loss 2.3456  grad 0.91  lr 9.8e-04  12.3k tok/s  ETA 0:45\n"
 
 
 def test_the_lines_are_aligned_whatever_the_numbers(config):
     console, file = make(config, width=40)
     for step, loss in ((10, 10.8234), (20, 2.3456), (30, 123.4), (590, 0.00001), (600, math.nan), (600, None)):
-        console.step({**record(step, loss), "tokens_per_second": 10.0 ** (step / 100)})
+        console.step({**record(step, loss), "tokens_per_second": 10.0 ** (step / 100), "bubble_fraction": step / 600})
     console.step({"step": 600, "loss": None, "grad_norm": None, "lr": None, "step_time": None, "tokens_per_second": None})
     lines = file.getvalue().splitlines()
     assert len(lines) == 7
-    for word in ("/600", "loss", "grad", "lr", "tok/s", "ETA"):
+    for word in ("/600", "loss", "grad", "lr", "tok/s", "bubble", "%", "ETA"):
         assert len({line.index(word) for line in lines}) == 1, word
 
 

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from tptrain.monitor.metrics import MetricsFile, eval_record, mfu, read_metrics, train_record
+from tptrain.monitor.metrics import MetricsFile, bubble_fraction, eval_record, mfu, read_metrics, train_record
 
 KNOWN = {
     "step": 10,
@@ -17,13 +17,16 @@ KNOWN = {
     "model_flops_per_token": 6e9,
     "peak_flops_per_second": 1e15,
     "processes": 4,
+    "bubble_fraction": 0.25,
     "peak_memory_bytes": 123,
 }
 
 
 def test_a_training_record_has_the_contract_s_keys_in_order():
     record = train_record(**KNOWN)
-    assert list(record) == ["step", "tokens", "loss", "grad_norm", "lr", "step_time", "tokens_per_second", "mfu", "peak_memory_bytes"]
+    keys = ["step", "tokens", "loss", "grad_norm", "lr", "step_time", "tokens_per_second", "mfu", "bubble_fraction", "peak_memory_bytes"]
+    assert list(record) == keys
+    assert (record["bubble_fraction"], record["peak_memory_bytes"]) == (0.25, 123)
     assert record["tokens_per_second"] == 8192  # 4096 tokens in half a second
     assert record["mfu"] == pytest.approx(6e9 * 8192 / (4 * 1e15))
 
@@ -38,6 +41,15 @@ def test_what_rests_on_an_unknown_number_is_unknown(unknown):
     record = train_record(**{**KNOWN, unknown: None})
     assert record["mfu"] is None
     assert (record["tokens_per_second"] is None) == (unknown == "step_time")
+
+
+def test_the_bubble_by_hand():
+    # Three ranks of which the slowest needs 10 seconds: 30 to fill, 9 + 6 + 3 filled.
+    assert bubble_fraction([9, 6, 3], [9.5, 10, 8]) == pytest.approx(12 / 30)
+    assert bubble_fraction([5.0], [5.0]) == 0
+    assert bubble_fraction([0.1 + 0.2], [0.3]) == 0, "rounding makes no negative one"
+    assert bubble_fraction([0.0, 0.0], [0.0, 0.0]) is None
+    assert train_record(**{**KNOWN, "bubble_fraction": None})["bubble_fraction"] is None
 
 
 def test_an_evaluation_record():

@@ -5,6 +5,8 @@ On a terminal one live line stays at the bottom; elsewhere each record is one al
     step   120/600  loss 2.3456  grad 0.91  lr 9.8e-04  12.3k tok/s  ETA 0:45
     eval   200/600  loss 2.2812  perplexity 9.79
 
+Under a pipeline `bubble  11 %` follows the speed: the ranks' time without work.
+
 Each line also goes to the logger "tptrain", whose handler the launcher sets. Text from outside (the model's, paths,
 errors) is never read as rich markup and cannot steer the terminal.
 """
@@ -57,7 +59,7 @@ class Console:
         lr = record.get("lr")
         line = (
             f"{self._place('step', step)}  loss {loss}  grad {fixed(record.get('grad_norm'), 4)}"
-            f"  lr {'-' if lr is None else f'{lr:.1e}':>7}  {speed:>5} tok/s  ETA {eta}"
+            f"  lr {'-' if lr is None else f'{lr:.1e}':>7}  {speed:>5} tok/s{self._bubble(record)}  ETA {eta}"
         )
         self._start_progress()
         if self._progress is None:
@@ -131,6 +133,12 @@ class Console:
         )
         self._task = self._progress.add_task("", total=self.total_steps, completed=self.first_step, numbers="loss -")
         self._progress.start()
+
+    def _bubble(self, record: Record) -> str:
+        if self.config.parallel.pp == 1:
+            return ""
+        fraction = record.get("bubble_fraction")
+        return f"  bubble {'-' if fraction is None else f'{100 * fraction:.0f}':>3} %"
 
     def _place(self, word: str, step: int) -> str:
         return f"{word} {step:>{max(5, len(str(self.total_steps)))}}/{self.total_steps}"

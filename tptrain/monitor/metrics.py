@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,15 @@ def train_record(
     model_flops_per_token: float | None,
     peak_flops_per_second: float | None,
     processes: int,
+    bubble_fraction: float | None,
     peak_memory_bytes: int | None,
 ) -> Record:
     """The record of a logged training step.
 
     tokens: read since the first step of training. step_time: seconds per step, mean over the steps since the last
     record. tokens_per_step: of the global batch, so that tokens_per_second counts the whole job.
-    peak_flops_per_second: of one device. peak_memory_bytes: the largest over ranks.
+    peak_flops_per_second: of one device. bubble_fraction: of the logged step itself, as measured. peak_memory_bytes: the largest
+    over ranks.
     """
     tokens_per_second = tokens_per_step / step_time if step_time else None
     return {
@@ -79,6 +82,7 @@ def train_record(
         "step_time": step_time,
         "tokens_per_second": tokens_per_second,
         "mfu": mfu(model_flops_per_token, tokens_per_second, peak_flops_per_second, processes),
+        "bubble_fraction": bubble_fraction,
         "peak_memory_bytes": peak_memory_bytes,
     }
 
@@ -105,6 +109,19 @@ def mfu(
     if model_flops_per_token is None or tokens_per_second is None or not peak_flops_per_second:
         return None
     return model_flops_per_token * tokens_per_second / (peak_flops_per_second * processes)
+
+
+def bubble_fraction(busy_seconds: Sequence[float], window_seconds: Sequence[float]) -> float | None:
+    """The share of the ranks' time in which they do not compute. None where no rank has measured any.
+
+    busy_seconds: for each rank, in its computations. window_seconds: for each rank, from its first computation's start to its last
+    one's end; the longest stands for the step, so that the ranks' clocks need not agree.
+
+    >>> bubble_fraction([3.0, 3.0], [3.0, 4.0])
+    0.25
+    """
+    whole = max(window_seconds) * len(window_seconds)
+    return max(0.0, 1 - sum(busy_seconds) / whole) if whole > 0 else None
 
 
 def _cut_back(path: Path, last_step: int) -> None:

@@ -1,0 +1,117 @@
+"""What a run says of itself that needs several ranks: the measured bubble, and the trace of a step."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.support import small_config
+from tptrain.config import Config
+from tptrain.data import prepare
+from tptrain.mesh import build_mesh
+from tptrain.monitor.metrics import read_metrics
+from tptrain.monitor.trace import find_traces, read_trace
+from tptrain.pipeline.actions import Action, Kind
+from tptrain.pipeline.schedules import SCHEDULES
+from tptrain.pipeline.timeline import Span
+from tptrain.report import Report
+from tptrain.train import train
+from tptrain.trainer import StepResult
+
+RESULT = StepResult(torch.tensor([4.0, 6.0, 3.0], dtype=torch.float64), lr=0.5)
+
+
+def spans_of(rank: int) -> list[Span]:
+    """Rank 0 computes 3 of 5 seconds, rank 1 all of 2 on a clock of its own: 5 of the 10 seconds of both."""
+    clock = (100.0, 5000.0)[rank]
+    times = [[(0, 1), (3, 5)], [(0, 0.5), (0.5, 2)]][rank]
+    kinds = (Kind.FORWARD, Kind.BACKWARD)
+    return [Span(Action(kind, rank, 0), clock + start, clock + end) for kind, (start, end) in zip(kinds, times, strict=True)]
+
+
+def report_of(config: Config, folder: Path) -> Report:
+    """A report without a model to speak of."""
+    trainer = SimpleNamespace(share=torch.nn.Linear(3, 2 + torch.distributed.get_rank()), steps_done=0)
+    split = SimpleNamespace(num_tokens=1)
+    mesh = build_mesh(config.parallel, torch.device("cpu"), 60)
+    return Report(config, mesh, trainer, folder, SimpleNamespace(train=split, val=split))  # type: ignore[arg-type]
+
+
+def test_the_bubble_is_of_all_ranks_whatever_their_clocks(tmp_path: Path) -> None:
+    run_ranks(2, log_steps, tmp_path)
+    measured, unknown = read_metrics(tmp_path)
+    assert measured["bubble_fraction"] == pytest.approx(1 - 5 / 10)
+    assert unknown["bubble_fraction"] is None
+    assert all(isinstance(record["peak_memory_bytes"], int) and record["peak_memory_bytes"] > 2**20 for record in (measured, unknown))
+
+
+def log_steps(rank: int, folder: Path) -> None:
+    report = report_of(small_config(parallel__pp=2), folder)
+    assert report.gather([rank + 2**40, 0.5]) == [[2**40, 0.5], [2**40 + 1, 0.5]]
+    report.step(1, RESULT, 0.25, 8, spans_of(rank))
+    report.step(2, RESULT, 0.25, 16, [])
+    report.close(True)
+
+
+def test_a_trace_has_all_ranks_on_one_clock(tmp_path: Path) -> None:
+    run_ranks(2, trace_steps, tmp_path)
+    assert list(find_traces(tmp_path)) == [4], "nothing is written of a step without spans"
+    trace = read_trace(find_traces(tmp_path)[4])
+    assert trace.facts == {"layout": {"tp": 1, "pp": 2, "dp": 1}, "schedule": "1f1b", "micro_batches": 4}
+    for rank, clock in ((0, 100.0), (1, 5000.0)):
+        expected = [(each.action, each.start - clock, each.end - clock) for each in spans_of(rank)]
+        for span, (action, start, end) in zip(trace.pipeline()[rank], expected, strict=True):
+            assert span.action == action
+            assert (span.start, span.end) == pytest.approx((start, end), abs=1e-9)
+
+
+def trace_steps(rank: int, folder: Path) -> None:
+    report = report_of(small_config(parallel__pp=2), folder)
+    report.trace(3, [], 0.0)
+    report.trace(4, spans_of(rank), (100.0, 5000.0)[rank])
+    report.close(True)
+
+
+def test_ranks_begin_a_traced_step_together(tmp_path: Path) -> None:
+    """The zeros of ranks on one machine, which share its clock, are close though one came late."""
+    zeros = run_ranks(2, begin_late, tmp_path)
+    assert abs(zeros[0] - zeros[1]) < 0.2
+
+
+def begin_late(rank: int, folder: Path) -> float:
+    report = report_of(small_config(parallel__pp=2, train__trace_steps=[2]), folder)
+    assert report.common_zero(1) is None
+    time.sleep(0.5 * rank)
+    zero = report.common_zero(2)
+    assert zero is not None
+    report.close(True)
+    return zero
+
+
+def test_a_training_traces_the_steps_that_it_should(tmp_path: Path) -> None:
+    """With the engine's own spans, on ranks whose clocks differ."""
+    changes = {"data__vocab_size": 64, "data__num_sequences": 64, "data__store_dir": str(tmp_path / "stores")}
+    config = small_config(parallel__pp=2, train__trace_steps=[2, 9], train__max_steps=3, train__eval_steps=0, **changes)
+    run_ranks(2, train_on_own_clock, config, tmp_path / "run", prepare(config))
+    assert list(find_traces(tmp_path / "run")) == [2]
+    timeline = read_trace(find_traces(tmp_path / "run")[2]).pipeline()
+    for spans, actions in zip(timeline, SCHEDULES["1f1b"](2, 1, 4), strict=True):
+        assert [span.action for span in spans] == actions
+        assert spans[0].start >= 0
+        assert spans[-1].end < 30, "since this rank's own zero"
+        assert all(before.start < before.end <= after.start for before, after in pairwise(spans))
+    records = read_metrics(tmp_path / "run")
+    assert len(records) == 3
+    assert all(0 < record["bubble_fraction"] < 1 for record in records)
+
+
+def train_on_own_clock(rank: int, config: Config, run_dir: Path, store_dir: Path) -> None:
+    clock = time.perf_counter
+    time.perf_counter = lambda: clock() + 1000 * rank  # type: ignore[assignment]
+    train(config, run_dir, store_dir)
