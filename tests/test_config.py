@@ -101,12 +101,6 @@ def test_resolving_leaves_the_argument_alone() -> None:
              "1 or more each, that sum to model.num_layers=4: use balanced, even or [2, 2]"),
         ({"parallel__partition": "odd"}, None, None, "parallel.partition=odd is not 1 number of layers, 1 or more each, "
              "that sum to model.num_layers=4: use balanced, even or [4]"),
-        ({"parallel__schedule": "interleaved", "parallel__pp": 2, "parallel__micro_batches": 5}, None, None,
-         "parallel.micro_batches=5 does not fall into equal groups of at least parallel.pp=2, as parallel.schedule=interleaved asks: "
-         "use 2, 3, 4 or 6, or another schedule"),
-        ({"parallel__schedule": "interleaved", "parallel__pp": 2, "parallel__dp": 1, "train__global_batch_size": 14}, None, None,
-         "parallel.micro_batches=7 does not fall into equal groups of at least parallel.pp=2, as parallel.schedule=interleaved asks: "
-         "use 4, 6, 8 or 10, or another schedule"),
         ({"parallel__recompute": "some"}, None, None, "parallel.recompute=some is unknown: use one of none, selective, full"),
         ({"train__compile": True}, None, None, "train.compile=true is not available: use false"),
         ({"model__num_kv_heads": 3}, None, None, "model.num_kv_heads=3 does not divide model.num_heads=4: use 1, 2 or 4"),
@@ -150,18 +144,3 @@ def test_stages_per_rank(schedule: str, given: int | str, stages: int) -> None:
 @pytest.mark.parametrize("partition", ["balanced", "even", [3, 1], [2, 2]])
 def test_partitions_that_fit(partition: object) -> None:
     assert resolve(unresolved(parallel__pp=2, parallel__partition=partition)).parallel.partition == partition
-
-
-def test_micro_batches_that_interleaving_can_take() -> None:
-    """Those that fall into equal groups of at least pp, or that are fewer; any number with every other schedule."""
-    for pp in (1, 2, 4):
-        for m in range(1, 20):
-            taken = m < pp or any(m % group == 0 and m // group == m // pp for group in range(pp, 2 * pp))
-            config = unresolved(parallel__pp=pp, parallel__micro_batches=m, parallel__schedule="interleaved", model__num_layers=8)
-            if taken:
-                assert resolve(config).parallel.micro_batches == m
-            else:
-                with pytest.raises(ConfigError, match=f"^parallel.micro_batches={m} does not fall into equal groups"):
-                    resolve(config)
-            config.parallel.schedule = "zb_v"
-            assert resolve(config).parallel.micro_batches == m
