@@ -40,7 +40,7 @@ def trace(folder: Path, step: int, ranks: int = 2) -> None:
             end = now + (1e-3 if action.kind is Kind.FORWARD else 2e-3)
             spans.append(Span(action, now, end))
             now = end
-        made.append(RankSpans(rank, rank, 0, 0, plain_spans(spans, 0.0)))
+        made.append(RankSpans(rank, rank, 0, 0, plain_spans(spans)))
     write_trace(folder, step, made, {"layout": {"tp": 1, "pp": ranks, "dp": 1}, "schedule": "1f1b", "micro_batches": 4})
 
 

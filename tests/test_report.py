@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import tptrain.report
 from tests.ranks import run_ranks
 from tests.support import small_config
 from tptrain.config import Config
@@ -73,9 +74,15 @@ def test_a_trace_has_all_ranks_on_one_clock(tmp_path: Path) -> None:
 
 def trace_steps(rank: int, folder: Path) -> None:
     report = report_of(small_config(parallel__pp=2), folder)
+    on_own_machine(rank)
     report.trace(3, [], 0.0)
     report.trace(4, spans_of(rank), (100.0, 5000.0)[rank])
     report.close(True)
+
+
+def on_own_machine(rank: int) -> None:
+    """Pretend, in this process, that its clock is no other rank's."""
+    tptrain.report.clock_name = lambda: f"machine {rank}"
 
 
 def test_ranks_begin_a_traced_step_together(tmp_path: Path) -> None:
@@ -111,7 +118,36 @@ def test_a_training_traces_the_steps_that_it_should(tmp_path: Path) -> None:
     assert all(0 < record["bubble_fraction"] < 1 for record in records)
 
 
+def test_on_one_machine_nothing_runs_before_what_it_needs(tmp_path: Path) -> None:
+    """Exactly, however late a rank heard that the step begins."""
+    changes = {"data__vocab_size": 64, "data__num_sequences": 64, "data__store_dir": str(tmp_path / "stores")}
+    config = small_config(parallel__pp=2, train__trace_steps=[1, 2, 3], train__max_steps=3, train__eval_steps=0, **changes)
+    run_ranks(2, train_and_hear_late, config, tmp_path / "run", prepare(config))
+    for path in find_traces(tmp_path / "run").values():
+        spans = {span.action: span for spans in read_trace(path).pipeline() for span in spans}
+        for micro_batch in range(4):
+            forwards = [spans[Action(Kind.FORWARD, stage, micro_batch)] for stage in (0, 1)]
+            backwards = [spans[Action(Kind.BACKWARD, stage, micro_batch)] for stage in (1, 0)]
+            chain = [*forwards, *backwards]
+            assert all(before.end <= after.start for before, after in pairwise(chain)), path
+
+
+def train_and_hear_late(rank: int, config: Config, run_dir: Path, store_dir: Path) -> None:
+    common_zero = Report.common_zero
+
+    def late(report: Report, step: int) -> float | None:
+        zero = common_zero(report, step)
+        if rank == 1 and zero is not None:
+            time.sleep(0.02)
+            zero = time.perf_counter()
+        return zero
+
+    Report.common_zero = late  # type: ignore[method-assign]
+    train(config, run_dir, store_dir)
+
+
 def train_on_own_clock(rank: int, config: Config, run_dir: Path, store_dir: Path) -> None:
+    on_own_machine(rank)
     clock = time.perf_counter
     time.perf_counter = lambda: clock() + 1000 * rank  # type: ignore[assignment]
     train(config, run_dir, store_dir)

@@ -17,7 +17,7 @@ from tptrain.monitor.console import Console
 from tptrain.monitor.metrics import MetricsFile, Record, bubble_fraction, eval_record, train_record
 from tptrain.monitor.peak_memory import peak_memory_bytes
 from tptrain.monitor.status import write_status
-from tptrain.monitor.trace import RankSpans, plain_spans, write_trace
+from tptrain.monitor.trace import RankSpans, Recorded, clock_name, on_one_clock, plain_spans, write_trace
 from tptrain.monitor.wandb_run import start_wandb
 from tptrain.pipeline.timeline import Span, busy, duration
 from tptrain.plan.pipeline import describe
@@ -90,7 +90,7 @@ class Report:
     def common_zero(self, step: int) -> float | None:
         """Let all ranks begin a step that is to be traced at one moment; its time on this rank's `time.perf_counter`. Else None.
 
-        The ranks' clocks then agree but for the fraction of a millisecond in which an all-reduce returns on one after the other.
+        An all-reduce returns on one rank after the other; `on_one_clock` makes up for that among ranks of one machine.
         """
         if step not in self.config.train.trace_steps:
             return None
@@ -103,15 +103,16 @@ class Report:
     def trace(self, step: int, spans: Sequence[Span], zero: float) -> None:
         """Keep what all ranks computed when in a step. spans: of this rank. zero: what `common_zero` gave it before the step."""
         mesh = self.mesh
-        own = RankSpans(dist.get_rank(), mesh.pp_rank, mesh.dp_rank, mesh.tp_rank, plain_spans(spans, zero))
-        ranks: list[RankSpans] = [own] * mesh.world.size()
+        place = RankSpans(dist.get_rank(), mesh.pp_rank, mesh.dp_rank, mesh.tp_rank, plain_spans(spans))
+        own = Recorded(clock_name(), zero, place)
+        ranks: list[Recorded] = [own] * mesh.world.size()
         if mesh.world.size() > 1:
             dist.gather_object(own, ranks if self.speaks else None, dst=0, group=mesh.world)
-        if self.speaks and any(each.spans for each in ranks):
+        if self.speaks and any(each.rank.spans for each in ranks):
             parallel = self.config.parallel
             layout = {"tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp}
             facts = {"layout": layout, "schedule": parallel.schedule, "micro_batches": parallel.micro_batches}
-            write_trace(self.run_dir, step, ranks, facts)
+            write_trace(self.run_dir, step, on_one_clock(ranks), facts)
 
     def evaluation(self, step: int, val_loss: float) -> None:
         """Log an evaluation."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from tptrain.monitor.trace import RankSpans, find_traces, plain_spans, read_trace, write_trace
+from tptrain.monitor.trace import RankSpans, Recorded, clock_name, find_traces, on_one_clock, plain_spans, read_trace, write_trace
 from tptrain.pipeline.actions import Action, Kind
 from tptrain.pipeline.timeline import Span
 
@@ -93,10 +95,27 @@ def test_blocks_of_a_rank_are_in_order_and_do_not_overlap(tmp_path: Path) -> Non
         assert round(1000 * before["ts"]) + round(1000 * before["dur"]) == round(1000 * after["ts"]), "in whole nanoseconds"
 
 
-def test_spans_travel_on_the_common_clock() -> None:
+def test_spans_travel_as_plain_tuples() -> None:
     spans = [Span(Action(Kind.WEIGHT_GRADIENT, 3, 7), 1000.25, 1000.5)]
-    assert plain_spans(spans, 1000.0) == [("W", 3, 7, 0.25, 0.5)]
-    assert RankSpans(0, 0, 0, 0, plain_spans(spans, 1000.0)).timeline == [Span(spans[0].action, 0.25, 0.5)]
+    assert plain_spans(spans) == [("W", 3, 7, 1000.25, 1000.5)]
+    assert RankSpans(0, 0, 0, 0, plain_spans(spans)).timeline == spans
+
+
+def test_ranks_of_a_machine_share_its_first_zero() -> None:
+    """Rank 1 noted the time a quarter of a second after rank 0 of the same machine; rank 2's machine counts from elsewhere."""
+    beginnings = [("a", 100.0, 100.5), ("a", 100.25, 100.75), ("b", 7.0, 7.5)]
+    recorded = [
+        Recorded(clock, zero, RankSpans(n, n, 0, 0, [("F", n, 0, start, start + 1)])) for n, (clock, zero, start) in enumerate(beginnings)
+    ]
+    shared = on_one_clock(recorded)
+    assert [each.spans for each in shared] == [[("F", n, 0, start, start + 1)] for n, start in enumerate([0.5, 0.75, 0.5])]
+    assert [each[:4] for each in shared] == [(n, n, 0, 0) for n in range(3)]
+
+
+def test_processes_of_a_machine_name_the_same_clock() -> None:
+    child = "import tptrain.monitor.trace as t; print(t.clock_name())"
+    said = subprocess.run([sys.executable, "-c", child], check=True, capture_output=True, text=True).stdout
+    assert said.strip() == clock_name() != ""
 
 
 def test_traces_are_found_by_step(tmp_path: Path) -> None:

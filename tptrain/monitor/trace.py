@@ -8,13 +8,15 @@ https://ui.perfetto.dev and chrome://tracing open such a file: each rank is a pr
        {"ph": "X", "name": "1F5", "cat": "forward", "pid": 3, "tid": 0, "ts": 1250.5, "dur": 803.25, "args": {"stage": 1, ...}}, ...],
      "tptrain": {"step": 5, "layout": {"tp": 2, "pp": 2, "dp": 1}, "schedule": "1f1b", ..., "ranks": [{"rank": 0, "pp": 0, ...}, ...]}}
 
-ts and dur are microseconds, to the nanosecond, since the moment at which the ranks began the step together.
+ts and dur are microseconds, to the nanosecond, since the moment at which the ranks began the step together. Ranks of one machine share
+its clock; between machines that moment is as exact as the collective that let them begin.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +63,43 @@ class Trace:
         return [each.timeline for each in sorted(self.ranks, key=lambda each: each.pp) if (each.dp, each.tp) == (dp, tp)]
 
 
-def plain_spans(spans: Sequence[Span], zero: float) -> list[PlainSpan]:
-    """Spans as they travel to the rank that writes. zero: the time on their clock that counts as 0."""
-    return [(kind.value, stage, micro_batch, start - zero, end - zero) for (kind, stage, micro_batch), start, end in spans]
+class Recorded(NamedTuple):
+    """One rank's spans on its own clock."""
+
+    clock: str
+    """`clock_name()`."""
+    zero: float
+    """When the step began on this rank."""
+    rank: RankSpans
+
+
+def clock_name() -> str:
+    """Names the clock behind `time.perf_counter`: processes on one running system share it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def plain_spans(spans: Sequence[Span]) -> list[PlainSpan]:
+    """Spans as they travel to the rank that writes."""
+    return [(kind.value, stage, micro_batch, start, end) for (kind, stage, micro_batch), start, end in spans]
+
+
+def on_one_clock(recorded: Sequence[Recorded]) -> list[RankSpans]:
+    """All ranks' spans since the step's beginning. On each clock that is when the first of its ranks began."""
+    zeros: dict[str, float] = {}
+    for each in recorded:
+        zeros[each.clock] = min(each.zero, zeros.get(each.clock, each.zero))
+    return [
+        each.rank._replace(
+            spans=[
+                (kind, stage, micro_batch, start - zeros[each.clock], end - zeros[each.clock])
+                for kind, stage, micro_batch, start, end in each.rank.spans
+            ]
+        )
+        for each in recorded
+    ]
 
 
 def write_trace(run_dir: Path, step: int, ranks: Sequence[RankSpans], facts: Mapping[str, Any]) -> Path:
