@@ -94,6 +94,19 @@ def test_the_last_stage_between_the_ends(tmp_path: Path) -> None:
     assert str(refusal.value) == f"parallel.schedule={path} {rule}: give it to rank 0 or 2, {NAMES}"
 
 
+def test_neighbouring_stages_far_apart(tmp_path: Path) -> None:
+    """No connection is made between ranks that are no neighbours on the ring."""
+    path = file_of(tmp_path, "0F0 5F0 5B0 0B0\n2F0 6F0 6B0 2B0\n1F0 3F0 3B0 1B0\n4F0 7F0 7B0 4B0\n")
+    asked = small_config(
+        parallel__pp=4, parallel__schedule=path, parallel__stages_per_rank=2, parallel__micro_batches=1, train__global_batch_size=2,
+        model__num_layers=8,
+    ).parallel  # fmt: skip
+    with pytest.raises(ConfigError) as refusal:
+        load_schedule(asked)
+    rule = "has stages 0 and 1 on ranks 0 and 2, which are no neighbours on the ring of ranks"
+    assert str(refusal.value) == f"parallel.schedule={path} {rule}: give them to neighbours, {NAMES}"
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "none.txt"
     with pytest.raises(ConfigError) as refusal:

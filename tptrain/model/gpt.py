@@ -163,7 +163,8 @@ class GPTStage(nn.Module):
         vocabulary = Vocabulary(self.vocab_start, self.model.vocab_size, self.group)
         chunk = self.execution.loss_chunk_tokens
         if chunk is None:
-            return vocab_parallel_cross_entropy(self.logits(x).flatten(0, 1), targets.flatten(), vocabulary, label_smoothing).sum()
+            logits = self.logits(x).flatten(0, 1)
+            return vocab_parallel_cross_entropy(logits, targets.flatten(), vocabulary, label_smoothing, overwrite=True).sum()
         x = gather_from_sequence(x, self.group, True) if self.execution.sequence_parallel else copy_to_group(x, self.group)
         head = head_of(self.head or self.embedding)
         return chunked_cross_entropy(x.flatten(0, 1), head, targets.flatten(), vocabulary, label_smoothing, chunk).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 from tptrain.config import ConfigError, ParallelConfig, refuse
@@ -24,7 +25,7 @@ def load_schedule(parallel: ParallelConfig) -> Schedule:
         validate(complete, parallel.micro_batches)
     except ScheduleError as error:
         raise _refuse(parallel, f"cannot run ({error})") from error
-    _check_ends(parallel, placement(schedule))
+    _check_places(parallel, placement(schedule))
     return complete
 
 
@@ -59,13 +60,18 @@ def _read(parallel: ParallelConfig) -> Schedule:
     return schedule
 
 
-def _check_ends(parallel: ParallelConfig, ranks: list[int]) -> None:
-    """Whether the batch's inputs and its targets are where the data is: on the first rank and, of targets, on it or the last."""
+def _check_places(parallel: ParallelConfig, ranks: list[int]) -> None:
+    """Whether the batch's inputs and its targets are where the data is, on the first rank and, of targets, on it or the last; and
+    whether neighbouring stages are where a connection is."""
     if ranks[0] != 0:
         raise _refuse(parallel, f"has stage 0 on rank {ranks[0]}, but the inputs are on rank 0", "give stage 0 to rank 0")
     if ranks[-1] not in (0, parallel.pp - 1):
         rule = f"has the last stage, {len(ranks) - 1}, on rank {ranks[-1]}, but the targets are on the first and the last rank"
         raise _refuse(parallel, rule, f"give it to rank 0 or {parallel.pp - 1}")
+    for stage, (one, other) in enumerate(pairwise(ranks)):
+        if (other - one) % parallel.pp not in (0, 1, parallel.pp - 1):
+            rule = f"has stages {stage} and {stage + 1} on ranks {one} and {other}, which are no neighbours on the ring of ranks"
+            raise _refuse(parallel, rule, "give them to neighbours")
 
 
 def _refuse(parallel: ParallelConfig, rule: str, remedy: str | None = None) -> ConfigError:

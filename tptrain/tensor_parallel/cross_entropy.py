@@ -39,13 +39,16 @@ class Vocabulary:
     group: dist.ProcessGroup
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, vocabulary: Vocabulary, label_smoothing: float = 0.0) -> Tensor:
+def vocab_parallel_cross_entropy(
+    logits: Tensor, targets: Tensor, vocabulary: Vocabulary, label_smoothing: float = 0.0, overwrite: bool = False
+) -> Tensor:
     """The loss of each token in nats, fp32, equal on all ranks; 0 where the target is IGNORE_INDEX.
 
     logits: [n, vocab/tp], this rank's part. targets: [n] int64, ids in the whole vocabulary. Returns [n].
+    overwrite: the caller gives the logits away, and fp32 ones make room for what backward needs.
     Forward: one all-reduce (max) and one all-reduce (sum) of n and 2n numbers (3n with smoothing). Backward: no communication.
     """
-    return _CrossEntropy.apply(logits, targets, vocabulary, label_smoothing)
+    return _CrossEntropy.apply(logits, targets, vocabulary, label_smoothing, overwrite)
 
 
 def chunked_cross_entropy(
@@ -61,19 +64,19 @@ def chunked_cross_entropy(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, vocabulary: Vocabulary, smoothing: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, vocabulary: Vocabulary, smoothing: float, overwrite: bool) -> Tensor:
         part = _Part.of(targets, vocabulary, logits.shape[1])
-        sums, probabilities = _sum_up(logits, part, smoothing)
+        sums, exponentials = _sum_up(logits.detach(), part, smoothing, overwrite)
         loss, maximum, denominator = _join(sums, part, vocabulary, smoothing)
         ctx.part, ctx.vocabulary, ctx.smoothing, ctx.dtype, ctx.columns = part, vocabulary, smoothing, logits.dtype, logits.shape[1]
-        ctx.save_for_backward(probabilities, sums[1] * (sums[0] - maximum).exp_() / denominator)  # the part's share of the whole
+        ctx.save_for_backward(exponentials, (sums[0] - maximum).exp_() / denominator)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        probabilities, share = ctx.saved_tensors
-        result = _gradient(probabilities, share, grad, ctx.part, ctx.vocabulary, ctx.smoothing)
-        return _padded(result, ctx.columns).to(ctx.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        exponentials, to_probability = ctx.saved_tensors
+        result = _gradient(exponentials, to_probability, grad, ctx.part, ctx.vocabulary, ctx.smoothing)
+        return _padded(result, ctx.columns).to(ctx.dtype), None, None, None, None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -82,7 +85,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, head: Operand, targets: Tensor, vocabulary: Vocabulary, smoothing: float, chunk: int, _: Tensor
     ) -> Tensor:
         part = _Part.of(targets, vocabulary, head.weight_values.shape[0])
-        chunks = [_sum_up(x[rows] @ head.weight_values.t(), part.rows(rows), smoothing)[0] for rows in _slices(len(x), chunk)]
+        weight = head.weight_values.t()
+        chunks = [_sum_up(x[rows] @ weight, part.rows(rows), smoothing, overwrite=True)[0] for rows in _slices(len(x), chunk)]
         sums = [torch.cat(values) for values in zip(*chunks, strict=True)]
         loss, maximum, denominator = _join(sums, part, vocabulary, smoothing)
         ctx.part, ctx.vocabulary, ctx.smoothing, ctx.head, ctx.chunk = part, vocabulary, smoothing, head, chunk
@@ -132,21 +136,24 @@ class _Part:
         return _Part(self.width, self.column[rows], self.owned[rows], self.counted[rows])
 
 
-def _sum_up(logits: Tensor, part: _Part, smoothing: float) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def _sum_up(logits: Tensor, part: _Part, smoothing: float, overwrite: bool) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """What this rank knows of each token, fp32 [n] each: its maximum m, and its sums of exp(z - m), of z_t - m and, for smoothing, z - m.
 
-    With it the softmax over the part alone, fp32 [n, width], whose largest value is 1 over the sum of exp(z - m). The logits stay as
-    they are.
+    With it exp(z - m), fp32 [n, width], in the logits' own memory if they are fp32 and may be overwritten: a tensor of that size costs
+    a CPU more to get than to fill.
     """
     logits = logits[:, : part.width]
     if not part.width:  # m is small enough that the part counts for nothing, and finite, as 0 * inf would be no number
         zeros = logits.new_zeros(len(logits), dtype=torch.float32)
         return (torch.full_like(zeros, torch.finfo(torch.float32).min), zeros, zeros, zeros), logits.float()
-    maximum = logits.amax(dim=1).float()
-    probabilities = torch.softmax(logits, dim=1, dtype=torch.float32)
-    target = (logits.gather(1, part.column.unsqueeze(1)).squeeze(1) - maximum).masked_fill(~part.owned, 0)
-    total = (logits - maximum.unsqueeze(1)).sum(dim=1) if smoothing else torch.zeros_like(maximum)
-    return (maximum, 1 / probabilities.amax(dim=1), target, total), probabilities
+    values = logits.float()  # a copy, unless they are fp32
+    maximum = values.amax(dim=1)
+    mine = overwrite or values.dtype != logits.dtype
+    values = values.sub_(maximum.unsqueeze(1)) if mine else values - maximum.unsqueeze(1)
+    target = values.gather(1, part.column.unsqueeze(1)).squeeze(1).masked_fill(~part.owned, 0)
+    total = values.sum(dim=1) if smoothing else torch.zeros_like(maximum)
+    exponentials = values.exp_()
+    return (maximum, exponentials.sum(dim=1), target, total), exponentials
 
 
 def _join(sums: Sequence[Tensor], part: _Part, vocabulary: Vocabulary, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
