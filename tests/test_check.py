@@ -38,7 +38,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_pp2": {"tp": 2, "pp": 2}, "tp2_dp2": {"tp": 2, "dp": 2}, "pp2_dp2": {"pp": 2, "dp": 2, "schedule": "gpipe", "micro_batch_size": 2},
     "tp2_pp2_sp": {"tp": 2, "pp": 2, "sequence_parallel": True}, "tp4_sp": {"tp": 4, "sequence_parallel": True, "recompute": "full"},
-    "tp4": {"tp": 4}, "dp4": {"dp": 4, "micro_batch_size": 2},
+    "pp2_dp2_zb_h1": {"pp": 2, "dp": 2, "schedule": "zb_h1", "micro_batch_size": 2}, "tp4": {"tp": 4},
+    "dp4": {"dp": 4, "micro_batch_size": 2},
 }  # fmt: skip
 STEPS = 2
 

@@ -12,12 +12,28 @@ import torch
 from tests.ranks import run_ranks
 from tests.support import skewed_tokens, small_config
 
-LAYOUTS = [{"tp": 2, "pp": 2}, {"dp": 4}, {"tp": 4}, {"pp": 2, "dp": 2}, {"tp": 2, "dp": 2}]
+LAYOUTS: list[dict[str, Any]] = [
+    {"tp": 2, "pp": 2}, {"dp": 4}, {"tp": 4}, {"pp": 2, "dp": 2, "schedule": "zb_v"}, {"pp": 2, "dp": 2, "schedule": "interleaved"},
+    {"tp": 2, "dp": 2},
+]  # fmt: skip
 
 
-def config_of(layout: dict[str, int], base: dict[str, Any]) -> Any:
+def config_of(layout: dict[str, Any], base: dict[str, Any]) -> Any:
     """A config under a layout."""
     return small_config(**base, **{f"parallel__{key}": size for key, size in layout.items()})
+
+
+def assert_copies_are_equal(trainer: Any) -> None:
+    """A tied embedding that a rank has twice, as table and as head, is the same twice, its optimizer state too."""
+    seen: dict[str, Any] = {}
+    for name, parameter in trainer.share.named_parameters():
+        first = seen.setdefault(name, parameter)
+        assert torch.equal(first.to_local(), parameter.to_local()), name
+        for key, value in trainer.optimizer.state[parameter].items():
+            other = trainer.optimizer.state[first][key]
+            assert torch.equal(
+                getattr(other, "to_local", lambda other=other: other)(), getattr(value, "to_local", lambda value=value: value)()
+            )
 
 
 def whole_state(trainer: Any) -> dict[str, np.ndarray]:
@@ -49,6 +65,7 @@ def walk(rank: int, folder: Path, base: dict[str, Any]) -> list[dict[str, Any]]:
             checkpoint = folder / f"run{number - 1}/checkpoints/step-00000003"
             state = load(checkpoint, trainer.share.parameters(), trainer.optimizer, trainer.mesh.world)
             trainer.share.repeat_tied(trainer.optimizer)
+            assert_copies_are_equal(trainer)
             trainer.steps_done, trainer.samples_done = state["step"], state["samples"]
         seen.append({"state": whole_state(trainer), "samples": trainer.samples_done})
         save_checkpoint(trainer, folder / f"run{number}")
