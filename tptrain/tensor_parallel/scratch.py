@@ -20,7 +20,8 @@ class Scratch:
         for place, tensor in enumerate(self._free):
             if tensor.numel() == size and tensor.dtype == like.dtype:
                 del self._free[place]
-                return like.new_empty(0).set_(tensor.view(tuple(shape)))
+                view = tensor.view(tuple(shape))
+                return like.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
         self._free.clear()  # of another batch
         return like.new_empty(shape)
 
