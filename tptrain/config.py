@@ -328,6 +328,8 @@ def _text(value: object) -> str:
     """A value as one would write it on the command line."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"  # no blanks: a shell would split there
     return str(value)
 
 

@@ -158,4 +158,7 @@ class Report:
 
 
 def _device_name(device: torch.device) -> str:
-    return f"cuda, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads a rank"
+    if device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' * (threads > 1)} a rank"

@@ -24,7 +24,7 @@ class StagePlan:
     """One past its last."""
     parameters: int
     """Over all its tp ranks."""
-    forward_flops: int
+    forward_flops_per_token: int
     """FLOPs of one token's forward."""
 
 
@@ -49,11 +49,11 @@ def describe(config: Config) -> PipelinePlan:
     ranks = placement(schedule)
     bounds = stage_layers(config, ranks)
     stages = [
-        StagePlan(rank, first, last, stage_parameters(model, first, last), forward_flops(config, first, last))
+        StagePlan(rank, first, last, stage_parameters(model, first, last), forward_flops_per_token(config, first, last))
         for rank, (first, last) in zip(ranks, bounds, strict=True)
     ]
-    forward = [stage.forward_flops for stage in stages]
-    backward = [flops + recomputed_flops(config, *layers) for flops, layers in zip(forward, bounds, strict=True)]
+    forward = [stage.forward_flops_per_token for stage in stages]
+    backward = [flops + recomputed_flops_per_token(config, *layers) for flops, layers in zip(forward, bounds, strict=True)]
     step = simulate(schedule, Costs(forward, input_gradient=backward, weight_gradient=forward))
     return PipelinePlan(stages, schedule, step.bubble_fraction, step.peaks)
 
@@ -65,13 +65,13 @@ def stage_layers(config: Config, ranks: Sequence[int]) -> list[tuple[int, int]]:
     return partition(config.parallel.partition, model.num_layers, ranks, block, first=0, last=head_flops(model))
 
 
-def forward_flops(config: Config, first_layer: int, last_layer: int) -> int:
+def forward_flops_per_token(config: Config, first_layer: int, last_layer: int) -> int:
     """FLOPs of one token's forward through a stage; the embedding's are none."""
     head = head_flops(config.model) if last_layer == config.model.num_layers else 0
     return (last_layer - first_layer) * block_flops(config.model, config.data.seq_len) + head
 
 
-def recomputed_flops(config: Config, first_layer: int, last_layer: int) -> int:
+def recomputed_flops_per_token(config: Config, first_layer: int, last_layer: int) -> int:
     """FLOPs of what a stage's backward makes again: with recompute=full the blocks, with loss_chunk_tokens the logits."""
     blocks = (last_layer - first_layer) * block_flops(config.model, config.data.seq_len)
     head = head_flops(config.model) if last_layer == config.model.num_layers else 0
