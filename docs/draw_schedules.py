@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib as mpl
+from matplotlib.figure import Figure
 
+from tptrain.monitor.draw_style import STYLE
 from tptrain.monitor.draw_timeline import draw
 from tptrain.pipeline.schedules import SCHEDULES
 from tptrain.pipeline.simulate import Costs, Simulation, simulate
@@ -15,6 +17,8 @@ RANKS, MICRO_BATCHES = 4, 8
 STAGES_PER_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb_h1": 1, "zb_v": 2}
 UNIT_SECONDS = 6.0
 """Of a rank's forward, input gradient and weight gradient each; its stages share it."""
+WIDTH, HEIGHT, LEFT = 11.0, 1.5, 0.5
+"""Inches of a picture, and of its margin, where the ranks' names stand."""
 
 
 def simulation(name: str) -> Simulation:
@@ -26,19 +30,17 @@ def simulation(name: str) -> Simulation:
 
 def main() -> None:
     """Draw all of them to one scale of time."""
-    from matplotlib.figure import Figure
-
-    mpl.rcParams |= {"svg.hashsalt": "tptrain", "svg.fonttype": "none"}  # the same file each time, with text as text
     FOLDER.mkdir(exist_ok=True)
     longest = max(simulation(name).step_seconds for name in STAGES_PER_RANK)
-    for name in STAGES_PER_RANK:
-        figure = Figure(figsize=(13, 1.7))
-        axes = figure.add_axes((0.05, 0.12, 0.945, 0.84))
-        draw(axes, simulation(name).timeline, 1.0, 13 * 0.945 / longest, 1.7 * 0.84 / RANKS)
-        axes.set_xlim(0, longest)
-        axes.set_xticks([])
-        axes.set_xlabel("")
-        figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
+    with mpl.rc_context(STYLE | {"svg.hashsalt": "tptrain", "svg.fonttype": "none"}):  # the same file each time, with text as text
+        for name in STAGES_PER_RANK:
+            figure = Figure(figsize=(WIDTH, HEIGHT))
+            axes = figure.add_axes((LEFT / WIDTH, 0.02, (WIDTH - LEFT) / WIDTH, 0.96))
+            draw(axes, simulation(name).timeline, 1.0, (WIDTH - LEFT) / longest, 0.96 * HEIGHT / RANKS)
+            axes.set_xlim(0, longest)
+            axes.set_xticks([])
+            axes.spines["bottom"].set_visible(False)
+            figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -87,18 +87,18 @@ def test_resolving_leaves_the_argument_alone() -> None:
              "but model.num_layers=4: use parallel.pp=2 or less, or model.num_layers=6 or more"),
         ({"parallel__schedule": "gpipe", "parallel__stages_per_rank": 5}, None, None,
          "parallel.pp=1 x parallel.stages_per_rank=5 needs a layer "
-             "a stage, but model.num_layers=4: use model.num_layers=5 or more"),
+             "a stage, but model.num_layers=4: use parallel.stages_per_rank=4, or model.num_layers=5 or more"),
         ({"parallel__pp": 2, "parallel__partition": [1, 2]}, None, None,
-         "parallel.partition=[1, 2] is not 2 numbers of layers, 1 or more each, "
-             "that sum to model.num_layers=4: use balanced, even or [2, 2]"),
+         "parallel.partition=[1,2] is not 2 numbers of layers, 1 or more each, "
+             "that sum to model.num_layers=4: use balanced, even or [2,2]"),
         ({"parallel__pp": 3, "parallel__partition": [2, 2]}, None, None,
-         "parallel.partition=[2, 2] is not 3 numbers of layers, 1 or more each, "
-             "that sum to model.num_layers=4: use balanced, even or [2, 1, 1]"),
+         "parallel.partition=[2,2] is not 3 numbers of layers, 1 or more each, "
+             "that sum to model.num_layers=4: use balanced, even or [2,1,1]"),
         ({"parallel__pp": 2, "parallel__partition": [0, 4]}, None, None,
-         "parallel.partition=[0, 4] is not 2 numbers of layers, 1 or more each, "
-             "that sum to model.num_layers=4: use balanced, even or [2, 2]"),
-        ({"parallel__pp": 2, "parallel__partition": [1.5, 2.5]}, None, None, "parallel.partition=[1.5, 2.5] is not 2 numbers of layers, "
-             "1 or more each, that sum to model.num_layers=4: use balanced, even or [2, 2]"),
+         "parallel.partition=[0,4] is not 2 numbers of layers, 1 or more each, "
+             "that sum to model.num_layers=4: use balanced, even or [2,2]"),
+        ({"parallel__pp": 2, "parallel__partition": [1.5, 2.5]}, None, None, "parallel.partition=[1.5,2.5] is not 2 numbers of layers, "
+             "1 or more each, that sum to model.num_layers=4: use balanced, even or [2,2]"),
         ({"parallel__partition": "odd"}, None, None, "parallel.partition=odd is not 1 number of layers, 1 or more each, "
              "that sum to model.num_layers=4: use balanced, even or [4]"),
         ({"parallel__recompute": "some"}, None, None, "parallel.recompute=some is unknown: use one of none, selective, full"),

@@ -15,6 +15,8 @@ from tptrain import failures, launch, ranks
 from tptrain.config import ConfigError
 from tptrain.failures import Failure
 from tptrain.job import Job, Place
+from tptrain.pipeline.notation import dumps
+from tptrain.pipeline.schedules import one_forward_one_backward
 
 TINY = ("experiment=memorize", "wandb=disabled", "hydra.run.dir=run", "launch.timeout_seconds=60")
 
@@ -233,6 +235,19 @@ def test_devices(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launch, "count_gpus", lambda: 0)
     with pytest.raises(ConfigError, match=r"hardware.device=cuda needs a GPU"):
         launch.settle(small_config(hardware__device="cuda"), None)
+
+
+def test_a_schedule_file_has_the_micro_batches_that_follow_from_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Eight GPUs, two stages: dp is 4, so of 32 sequences each copy has 8, in 4 micro-batches of 2. Two GPUs: 16 micro-batches."""
+    file = tmp_path / "mine.txt"
+    file.write_text(dumps(one_forward_one_backward(2, 1, 4)))
+    auto = small_config(hardware__device="auto", parallel__pp=2, train__global_batch_size=32)
+    auto.parallel.dp, auto.parallel.schedule = "auto", str(file)
+    monkeypatch.setattr(launch, "count_gpus", lambda: 8)
+    assert launch.settle(auto, None).parallel.micro_batches == 4
+    monkeypatch.setattr(launch, "count_gpus", lambda: 2)
+    with pytest.raises(ConfigError, match=r"holds 4 micro-batches, but parallel\.micro_batches=16"):
+        launch.settle(auto, None)
 
 
 def test_the_place_that_a_launcher_gives(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""The README's commands are real: they compose, and its make targets exist."""
+"""The commands of the README, the docs and the config files are real: none is refused; and the README's make targets exist."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tptrain.cli import CONF, VERBS, compose
+from tptrain.config import Config, resolve
+from tptrain.pipeline.load import load_schedule
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,6 +21,8 @@ COMMANDS = [
     for line in page.read_text().splitlines()
     if re.match(r"^    (\$ )?tptrain", line) and not line.strip().startswith("tptrain:")
 ]
+REFUSED = {"$ tptrain parallel.tp=3"}
+"""What the docs show as refused."""
 OPENINGS = [re.sub(r"^# @package.*\n", "", path.read_text()).splitlines()[0].removeprefix("# ") for path in CONF.rglob("*.yaml")]
 
 
@@ -30,10 +34,14 @@ def arguments(command: str) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("command", sorted({*COMMANDS, *OPENINGS}))
-def test_a_command_of_the_docs_composes(command: str) -> None:
-    verb, overrides = arguments(command.partition("   ")[0])
+def test_a_command_of_the_docs_is_not_refused(command: str) -> None:
+    verb, overrides = arguments(re.split(" > |   ", command)[0])
     config = compose([word for word in overrides if "hydra." not in word], verb)
     assert isinstance(config, VERBS[verb].schema)
+    if isinstance(config, Config) and command not in REFUSED:
+        parallel = resolve(config).parallel
+        if not parallel.schedule_is_file:
+            load_schedule(parallel)
 
 
 def test_the_two_commands_come_first_and_exist() -> None:

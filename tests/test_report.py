@@ -46,17 +46,21 @@ def report_of(config: Config, folder: Path) -> Report:
 
 def test_the_bubble_is_of_all_ranks_whatever_their_clocks(tmp_path: Path) -> None:
     run_ranks(2, log_steps, tmp_path)
-    measured, unknown = read_metrics(tmp_path)
+    measured, unknown, together = read_metrics(tmp_path)
     assert measured["bubble_fraction"] == pytest.approx(1 - 5 / 10)
     assert unknown["bubble_fraction"] is None
+    assert together["bubble_fraction"] == pytest.approx(1 - 5 / (2 * 4902)), "on one clock: from 100 to 5002"
     assert all(isinstance(record["peak_memory_bytes"], int) and record["peak_memory_bytes"] > 2**20 for record in (measured, unknown))
 
 
 def log_steps(rank: int, folder: Path) -> None:
+    tptrain.report.clock_name = lambda: f"machine {rank}"
     report = report_of(small_config(parallel__pp=2), folder)
     assert report.gather([rank + 2**40, 0.5]) == [[2**40, 0.5], [2**40 + 1, 0.5]]
     report.step(1, RESULT, 0.25, 8, spans_of(rank))
     report.step(2, RESULT, 0.25, 16, [])
+    tptrain.report.clock_name = lambda: "one machine"
+    report.step(3, RESULT, 0.25, 24, spans_of(rank))
     report.close(True)
 
 

@@ -328,6 +328,8 @@ def _text(value: object) -> str:
     """A value as one would write it on the command line."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"  # no blanks: a shell would split there
     return str(value)
 
 
@@ -377,9 +379,13 @@ def _check_model(config: Config) -> None:
     if parallel.num_stages > model.num_layers:
         each = int(parallel.stages_per_rank)
         stages = f"x parallel.stages_per_rank={each} " * (each > 1)
-        remedy = f"use parallel.pp={model.num_layers // each} or less, or " if model.num_layers >= each else "use "
+        remedies = [f"model.num_layers={parallel.num_stages} or more"]
+        if model.num_layers >= each:
+            remedies.insert(0, f"parallel.pp={model.num_layers // each}" + " or less" * (model.num_layers >= 2 * each))
+        if each > 1 and _STAGES_PER_RANK.get(parallel.schedule, 0) is None and model.num_layers >= parallel.pp:
+            remedies.insert(0, f"parallel.stages_per_rank={model.num_layers // parallel.pp}")
         raise refuse("parallel.pp", parallel.pp, f"{stages}needs a layer a stage, but model.num_layers={model.num_layers}",
-                     f"{remedy}model.num_layers={parallel.num_stages} or more")  # fmt: skip
+                     f"use {', or '.join(remedies)}")  # fmt: skip
     if config.data.seq_len > model.max_seq_len:
         raise refuse("data.seq_len", config.data.seq_len, f"is over model.max_seq_len={model.max_seq_len}",
                      f"use data.seq_len={model.max_seq_len} or less, or a larger model.max_seq_len")  # fmt: skip

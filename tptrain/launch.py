@@ -114,24 +114,24 @@ def hide_verb(verbs: Iterable[str]) -> str | None:
 
 
 def settle(config: Config, place: Place | None) -> Config:
-    """The resolved config, with the device chosen. Raises ConfigError.
+    """The resolved config, with the device chosen and the schedule proved. Raises ConfigError.
 
-    Checked without counting GPUs first: that imports torch, and most refusals do not depend on it.
+    Checked without counting GPUs first: that imports torch, and most refusals do not depend on it. The schedule comes last: the number
+    of micro-batches may follow from dp, and dp from the GPUs.
     """
     started = place.world_size if place else None
     resolved = resolve(config, started)
+    if config.hardware.device != "cpu":
+        gpus = count_gpus()
+        if gpus == 0 and config.hardware.device == "cuda":
+            raise refuse("hardware.device", "cuda", "needs a GPU, and this machine shows none", "use hardware.device=cpu or auto")
+        if place and 0 < gpus < place.local_world_size:
+            rule = f"gives each rank a GPU, but this machine has {gpus} for {place.local_world_size} ranks"
+            raise refuse("hardware.device", config.hardware.device, rule, f"start {gpus} a machine, or use hardware.device=cpu")
+        if gpus:
+            resolved = resolve(config, started, gpus)
+        resolved.hardware.device = "cuda" if gpus else "cpu"
     load_schedule(resolved.parallel)
-    if config.hardware.device == "cpu":
-        return resolved
-    gpus = count_gpus()
-    if gpus == 0 and config.hardware.device == "cuda":
-        raise refuse("hardware.device", "cuda", "needs a GPU, and this machine shows none", "use hardware.device=cpu or auto")
-    if place and 0 < gpus < place.local_world_size:
-        rule = f"gives each rank a GPU, but this machine has {gpus} for {place.local_world_size} ranks"
-        raise refuse("hardware.device", config.hardware.device, rule, f"start {gpus} a machine, or use hardware.device=cpu")
-    if gpus:
-        resolved = resolve(config, started, gpus)
-    resolved.hardware.device = "cuda" if gpus else "cpu"
     return resolved
 
 

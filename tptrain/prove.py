@@ -75,12 +75,15 @@ def layout_name(parallel: ParallelConfig) -> str:
     'tp2_dp4_sp'
     >>> layout_name(ParallelConfig(1, 2, 1, False, 1, 1, "interleaved", 3, "none"))
     'pp2_interleaved3'
+    >>> layout_name(ParallelConfig(1, 2, 1, False, 1, 1, "gpipe", 1, "none"))
+    'pp2_gpipe'
     """
     sizes = (("tp", parallel.tp), ("pp", parallel.pp), ("dp", int(parallel.dp)))
     parts = [f"{axis}{size}" for axis, size in sizes if size > 1] or ["single"]
     schedule = "file" if parallel.schedule_is_file else parallel.schedule
     if schedule != "1f1b":
-        parts.append(f"{schedule}{parallel.stages_per_rank}" if schedule in ("gpipe", "interleaved") else schedule)
+        numbered = schedule in ("gpipe", "interleaved") and parallel.stages_per_rank != 1
+        parts.append(f"{schedule}{parallel.stages_per_rank}" if numbered else schedule)
     return "_".join([*parts, *["sp"] * parallel.sequence_parallel])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,12 @@ from tptrain.data.store import TokenStore
 from tptrain.mesh import Mesh
 from tptrain.model.flops import flops_per_token, num_parameters
 from tptrain.monitor.console import Console
-from tptrain.monitor.metrics import MetricsFile, Record, bubble_fraction, eval_record, train_record
+from tptrain.monitor.metrics import MetricsFile, Record, bubble_fraction, eval_record, train_record, windows
 from tptrain.monitor.peak_memory import peak_memory_bytes
 from tptrain.monitor.status import write_status
-from tptrain.monitor.trace import RankSpans, Recorded, clock_name, on_one_clock, plain_spans, write_trace
+from tptrain.monitor.trace import RankSpans, Recorded, clock_name, clock_number, on_one_clock, plain_spans, write_trace
 from tptrain.monitor.wandb_run import start_wandb
-from tptrain.pipeline.timeline import Span, busy, duration
+from tptrain.pipeline.timeline import Span, busy
 from tptrain.plan.pipeline import describe
 from tptrain.tensor_parallel.parameter import local_part
 from tptrain.trainer import StepResult, Trainer
@@ -67,8 +68,10 @@ class Report:
     def step(self, step: int, result: StepResult, step_seconds: float | None, samples: int, spans: Sequence[Span]) -> None:
         """Log a training step. step_seconds: mean over the steps since the last logged one. samples: read since the start.
         spans: what this rank computed when in the step."""
-        own = [peak_memory_bytes(self.mesh.device.type), busy(spans), duration([list(spans)])]
-        peak_memory, busy_seconds, window_seconds = zip(*self.gather(own), strict=True)
+        first = min((span.start for span in spans), default=math.inf)
+        last = max((span.end for span in spans), default=-math.inf)
+        own = [peak_memory_bytes(self.mesh.device.type), busy(spans), first, last, clock_number(clock_name())]
+        peak_memory, busy_seconds, starts, ends, clocks = zip(*self.gather(own), strict=True)
         if self.speaks:
             record = train_record(
                 step=step,
@@ -81,7 +84,7 @@ class Report:
                 model_flops_per_token=flops_per_token(self.config.model, self.config.data.seq_len),
                 peak_flops_per_second=self.config.hardware.peak_flops_per_second,
                 processes=self.mesh.world.size(),
-                bubble_fraction=bubble_fraction(busy_seconds, window_seconds),
+                bubble_fraction=bubble_fraction(busy_seconds, windows(starts, ends, clocks)),
                 peak_memory_bytes=int(max(peak_memory)),
             )
             self._log(record)
@@ -158,4 +161,7 @@ class Report:
 
 
 def _device_name(device: torch.device) -> str:
-    return f"cuda, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads a rank"
+    if device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' * (threads > 1)} a rank"

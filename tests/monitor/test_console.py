@@ -127,6 +127,29 @@ def test_the_banner_says_what_runs(config):
         assert line in lines
 
 
+def test_the_banner_says_what_each_stage_has(config):
+    config.parallel.schedule, config.parallel.stages_per_rank = "zb_v", 2
+    console, file = make(config, width=100)
+    stages = [(0, 0, 1, 1_210_000), (1, 1, 3, 400_000), (1, 3, 4, 200_000), (0, 4, 5, 240_000)]
+    console.banner({"stages": stages, "bubble_fraction": 0.1114})
+    lines = [line.rstrip() for line in file.getvalue().splitlines()]
+    start = lines.index("            each layer over 2 ranks, layers over 4 stages on 2 ranks")
+    assert lines[start + 1 : start + 8] == [
+        "            stages 0 3  [..]",
+        "            stages 1 2  [..]",
+        "stages      0: layer 0, 1.21M parameters",
+        "            1: layers 1-2, 400k parameters",
+        "            2: layer 3, 200k parameters",
+        "            3: layer 4, 240k parameters",
+        "schedule    zb_v, 8 micro-batches of 4 a step, bubble 11.1 % by FLOPs",
+    ]
+    config.parallel.pp = config.parallel.stages_per_rank = 1
+    console, file = make(config)
+    console.banner({"stages": stages[:1], "bubble_fraction": 0.0})
+    assert "stages" not in file.getvalue()
+    assert "bubble" not in file.getvalue()
+
+
 def test_the_grid_of_two_copies(config):
     config.parallel.dp = 2
     console, file = make(config, width=60)

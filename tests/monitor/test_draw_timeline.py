@@ -68,7 +68,9 @@ def test_the_title_has_both_bubbles() -> None:
     simulation = simulation_of(MEASURED)
     figure = timelines(MEASURED, simulation, "1f1b, p = 2, m = 2, step 5")
     assert figure.texts[0].get_text().startswith("1f1b, p = 2, m = 2, step 5")
-    assert f"bubble {1 - busy / 0.4:.1%} measured, {simulation.bubble_fraction:.1%} simulated" in figure.texts[0].get_text()
+    assert (
+        f"bubble {100 * (1 - busy / 0.4):.1f} % measured, {100 * simulation.bubble_fraction:.1f} % simulated" in figure.texts[0].get_text()
+    )
     assert next(axes.get_title(loc="left") or axes.get_title() for axes in panels(figure)) == "measured, 200 ms"
     alone = timelines(MEASURED, None, "x")
     assert "simulated" not in alone.texts[0].get_text()

@@ -4,7 +4,10 @@ import math
 import numpy as np
 import pytest
 
-from tptrain.monitor.metrics import MetricsFile, bubble_fraction, eval_record, mfu, read_metrics, train_record
+from tptrain.monitor.metrics import MetricsFile, bubble_fraction, eval_record, mfu, read_metrics, train_record, windows
+from tptrain.pipeline.schedules import SCHEDULES
+from tptrain.pipeline.simulate import Costs, simulate
+from tptrain.pipeline.timeline import busy
 
 KNOWN = {
     "step": 10,
@@ -49,7 +52,25 @@ def test_the_bubble_by_hand():
     assert bubble_fraction([5.0], [5.0]) == 0
     assert bubble_fraction([0.1 + 0.2], [0.3]) == 0, "rounding makes no negative one"
     assert bubble_fraction([0.0, 0.0], [0.0, 0.0]) is None
+    assert bubble_fraction([0.0, 0.0], windows([math.inf] * 2, [-math.inf] * 2, [1, 1])) is None
     assert train_record(**{**KNOWN, "bubble_fraction": None})["bubble_fraction"] is None
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("machines", [1, 2])
+def test_the_bubble_of_a_step_without_delay_is_the_simulated_one(name: str, machines: int):
+    """Four ranks, eight micro-batches. The second machine's clock is ahead; the longer of their two times may be too short."""
+    v = 2 if name in ("interleaved", "zb_v") else 1
+    costs = [1 / v] * (4 * v)
+    step = simulate(SCHEDULES[name](4, v, 8), Costs(costs, costs, costs))
+    clocks = [rank * machines // 4 for rank in range(4)]
+    starts = [spans[0].start + 1e6 * clock for spans, clock in zip(step.timeline, clocks, strict=True)]
+    ends = [spans[-1].end + 1e6 * clock for spans, clock in zip(step.timeline, clocks, strict=True)]
+    measured = bubble_fraction([busy(spans) for spans in step.timeline], windows(starts, ends, clocks))
+    if machines == 1 or name != "zb_v":
+        assert measured == pytest.approx(step.bubble_fraction)
+    else:
+        assert 0 < measured < step.bubble_fraction
 
 
 def test_an_evaluation_record():

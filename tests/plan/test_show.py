@@ -21,21 +21,24 @@ from tptrain.plan.pipeline import describe
 def test_the_schedule_goes_to_stdout_and_the_stages_to_stderr(tmp_path: Path) -> None:
     outcome = command(tmp_path, "plan", "parallel=pp4", "parallel.schedule=gpipe", "parallel.micro_batches=2", "model.num_layers=8")
     assert outcome.code == 0, outcome.err
-    assert outcome.out.splitlines() == [f"{rank}F0 {rank}F1 {rank}B0 {rank}B1" for rank in range(4)]
+    schedule = [f"{rank}F0 {rank}F1 {rank}B0 {rank}B1" for rank in range(4)]
+    assert outcome.out.splitlines() == ["# parallel.pp=4 parallel.stages_per_rank=1 parallel.micro_batches=2", *schedule]
+    assert "layout      tp 1 x pp 4 x dp 1 = 4 processes\n" in outcome.err
     rows = [re.split(r"\s*[│|]\s*", line)[1:-1] for line in outcome.err.splitlines() if re.match(r"[│|]", line)]
     assert [row[:3] for row in rows] == [["0", "0", "0-1"], ["1", "1", "2-3"], ["2", "2", "4-5"], ["3", "3", "6-7"]]
-    assert sum(float(row[4].rstrip("%")) for row in rows) == pytest.approx(100, abs=0.2), "each rounded to 0.1"
+    assert sum(float(row[4].rstrip(" %")) for row in rows) == pytest.approx(100, abs=0.2), "each rounded to 0.1"
     assert "activations at most 2 2 2 2 live" in outcome.err
     assert not list(tmp_path.iterdir()), "no run folder"
 
 
 @pytest.mark.parametrize("schedule", ["zb_h1", "zb_v", "interleaved"])
 def test_what_it_writes_is_a_schedule_file(tmp_path: Path, schedule: str) -> None:
-    """`plan > mine.txt` gives what `parallel.schedule=mine.txt` takes: the same schedule, the same plan."""
+    """`plan > mine.txt` gives what `parallel.schedule=mine.txt` takes with the keys that stand in it: the same schedule, the same plan."""
     layout = ["parallel=pp2", "parallel.micro_batches=6", f"parallel.stages_per_rank={1 if schedule == 'zb_h1' else 2}"]
     first = command(tmp_path, "plan", *layout, f"parallel.schedule={schedule}")
     (tmp_path / "mine.txt").write_text(first.out)
-    again = command(tmp_path, "plan", *layout, "parallel.schedule=mine.txt")
+    keys = first.out.splitlines()[0].removeprefix("# ").split()
+    again = command(tmp_path, "plan", *keys, "parallel.schedule=mine.txt")
     assert (first.code, again.code) == (0, 0), first.err + again.err
     assert again.out == first.out
     assert again.err == first.err.replace(schedule, "mine.txt")

@@ -5,8 +5,9 @@ layout      tp 2 x pp 2 x dp 2 = 8 processes
                        copy 0  copy 1
             stage 0    [0 1]   [2 3]
             stage 1    [4 5]   [6 7]
-stages      0: layers 0-4, 1.21M parameters; 1: layers 5-7, 1.02M parameters
-schedule    1f1b, 8 micro-batches of 2 a step, bubble 11 % by FLOPs
+stages      0: layers 0-4, 1.21M parameters
+            1: layers 5-7, 1.02M parameters
+schedule    1f1b, 8 micro-batches of 2 a step, bubble 11.1 % by FLOPs
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def banner_rows(config: Config, total_steps: int, first_step: int, facts: dict[s
     parallel, model, seq_len = config.parallel, config.model, config.data.seq_len
     sequences = config.batch_size
     stages, bubble = facts.get("stages", ()), facts.get("bubble_fraction")
-    predicted = f", bubble {bubble:.1%} by FLOPs" if bubble and parallel.pp > 1 else ""
+    predicted = f", bubble {100 * bubble:.1f} % by FLOPs" if bubble and parallel.pp > 1 else ""
     micro = f"{parallel.micro_batches} micro-batch{'es' * (parallel.micro_batches > 1)} of {parallel.micro_batch_size} a step"
     rows = [
         (

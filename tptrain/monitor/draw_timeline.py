@@ -44,10 +44,10 @@ _LETTER = 0.64
 def timelines(measured: Timeline, simulated: Simulation | None, title: str) -> Figure:
     """The picture. measured: of the ranks of one pipeline. simulated: the same on paper, if it is known. title: without the bubble."""
     shown = {f"measured, {_time(duration(measured))}": measured}
-    bubbles = f"{bubble_fraction(measured):.1%} measured"
+    bubbles = f"{100 * bubble_fraction(measured):.1f} % measured"
     if simulated is not None:
         shown[f"simulated with the mean duration of each stage's computations, {_time(simulated.step_seconds)}"] = simulated.timeline
-        bubbles += f", {simulated.bubble_fraction:.1%} simulated"
+        bubbles += f", {100 * simulated.bubble_fraction:.1f} % simulated"
     ranks = len(measured)
     row = min(0.5, max(0.2, 6 / ranks))
     height = _TOP + len(shown) * (_TITLE + ranks * row) + _BOTTOM

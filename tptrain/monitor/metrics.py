@@ -114,14 +114,29 @@ def mfu(
 def bubble_fraction(busy_seconds: Sequence[float], window_seconds: Sequence[float]) -> float | None:
     """The share of the ranks' time in which they do not compute. None where no rank has measured any.
 
-    busy_seconds: for each rank, in its computations. window_seconds: for each rank, from its first computation's start to its last
-    one's end; the longest stands for the step, so that the ranks' clocks need not agree.
+    busy_seconds: for each rank, in its computations. window_seconds: for each rank, what `windows` gives; the longest stands for the step,
+    so that the clocks of several machines need not agree.
 
     >>> bubble_fraction([3.0, 3.0], [3.0, 4.0])
     0.25
     """
     whole = max(window_seconds) * len(window_seconds)
     return max(0.0, 1 - sum(busy_seconds) / whole) if whole > 0 else None
+
+
+def windows(starts: Sequence[float], ends: Sequence[float], clocks: Sequence[float]) -> list[float]:
+    """For each rank the seconds from the first start to the last end among the ranks that share its clock; 0 where none has computed.
+
+    starts, ends: of each rank's computations, in seconds; inf and -inf without any. clocks: a number that names each rank's clock.
+    A rank's own start and end would not do: in zb_v the first rank ends before the last, which starts after it.
+
+    >>> windows([0.0, 1.0, 70.0], [5.0, 6.0, 74.0], [1, 1, 2])
+    [6.0, 6.0, 4.0]
+    """
+    first, last = dict.fromkeys(clocks, math.inf), dict.fromkeys(clocks, -math.inf)
+    for start, end, clock in zip(starts, ends, clocks, strict=True):
+        first[clock], last[clock] = min(first[clock], start), max(last[clock], end)
+    return [max(0.0, last[clock] - first[clock]) for clock in clocks]
 
 
 def _cut_back(path: Path, last_step: int) -> None:

@@ -14,6 +14,7 @@ its clock; between machines that moment is as exact as the collective that let t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import socket
@@ -79,6 +80,11 @@ def clock_name() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
+
+
+def clock_number(name: str) -> int:
+    """A number below 2^48 for a clock's name, so that ranks can compare names by exchanging floating-point numbers."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "big")
 
 
 def plain_spans(spans: Sequence[Span]) -> list[PlainSpan]:

@@ -24,7 +24,7 @@ class StagePlan:
     """One past its last."""
     parameters: int
     """Over all its tp ranks."""
-    forward_flops: int
+    forward_flops_per_token: int
     """FLOPs of one token's forward."""
 
 
@@ -49,7 +49,7 @@ def describe(config: Config) -> PipelinePlan:
     ranks = placement(schedule)
     bounds = stage_layers(config, ranks)
     stages = [
-        StagePlan(rank, first, last, stage_parameters(model, first, last), forward_flops(config, first, last))
+        StagePlan(rank, first, last, stage_parameters(model, first, last), forward_flops_per_token(config, first, last))
         for rank, (first, last) in zip(ranks, bounds, strict=True)
     ]
     step = simulate(schedule, stage_costs(config, bounds))
@@ -67,9 +67,9 @@ def schedule_of(config: Config) -> Schedule:
 
 def stage_costs(config: Config, bounds: Sequence[tuple[int, int]]) -> Costs:
     """FLOPs of one token on each stage. bounds: its layers. Attention's backward makes input gradients alone."""
-    forward = [forward_flops(config, *layers) for layers in bounds]
+    forward = [forward_flops_per_token(config, *layers) for layers in bounds]
     attention = [(last - first) * attention_flops(config.model, config.data.seq_len) for first, last in bounds]
-    again = [recomputed_flops(config, *layers) for layers in bounds]
+    again = [recomputed_flops_per_token(config, *layers) for layers in bounds]
     inputs = [flops + extra + made for flops, extra, made in zip(forward, attention, again, strict=True)]
     return Costs(forward, inputs, [flops - extra for flops, extra in zip(forward, attention, strict=True)])
 
@@ -81,13 +81,13 @@ def stage_layers(config: Config, ranks: Sequence[int]) -> list[tuple[int, int]]:
     return partition(config.parallel.partition, model.num_layers, ranks, block, first=0, last=head_flops(model))
 
 
-def forward_flops(config: Config, first_layer: int, last_layer: int) -> int:
+def forward_flops_per_token(config: Config, first_layer: int, last_layer: int) -> int:
     """FLOPs of one token's forward through a stage; the embedding's are none."""
     head = head_flops(config.model) if last_layer == config.model.num_layers else 0
     return (last_layer - first_layer) * block_flops(config.model, config.data.seq_len) + head
 
 
-def recomputed_flops(config: Config, first_layer: int, last_layer: int) -> int:
+def recomputed_flops_per_token(config: Config, first_layer: int, last_layer: int) -> int:
     """FLOPs of what a stage's backward makes again: with recompute=full the blocks, with loss_chunk_tokens the logits."""
     blocks = (last_layer - first_layer) * block_flops(config.model, config.data.seq_len)
     head = head_flops(config.model) if last_layer == config.model.num_layers else 0

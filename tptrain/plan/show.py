@@ -1,4 +1,4 @@
-"""What `tptrain plan` prints: the stages as a table on stderr, the schedule on stdout, in the notation of schedule files."""
+"""What `tptrain plan` prints: the stages as a table on stderr, the schedule on stdout, as a file with the keys that go with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def plan(config: Config) -> None:
     for label, text in facts(config, described):
         terminal.print(f"{label:<12}{text}", soft_wrap=True)
     sys.stderr.flush()
-    sys.stdout.write(dumps(described.schedule))
+    sys.stdout.write(f"# {' '.join(keys_of_a_file(config))}\n{dumps(described.schedule)}")
 
 
 def stage_table(described: PipelinePlan) -> Table:
@@ -28,12 +28,12 @@ def stage_table(described: PipelinePlan) -> Table:
     table = Table()
     for heading in ("stage", "rank", "layers", "parameters", "forward FLOPs"):
         table.add_column(heading, justify="right")
-    whole = sum(stage.forward_flops for stage in described.stages)
+    whole = sum(stage.forward_flops_per_token for stage in described.stages)
     for number, stage in enumerate(described.stages):
         first, last = stage.first_layer, stage.last_layer - 1
         layers = f"{first}" if first == last else f"{first}-{last}"
-        share = stage.forward_flops / whole
-        table.add_row(f"{number}", f"{stage.rank}", layers, f"{stage.parameters:,}", f"{share:.1%}")
+        share = stage.forward_flops_per_token / whole
+        table.add_row(f"{number}", f"{stage.rank}", layers, f"{stage.parameters:,}", f"{100 * share:.1f} %")
     return table
 
 
@@ -42,8 +42,15 @@ def facts(config: Config, described: PipelinePlan) -> list[tuple[str, str]]:
     parallel = config.parallel
     micro_batches = f"{parallel.micro_batches} micro-batch{'es' * (parallel.micro_batches > 1)}"
     peaks = " ".join(map(str, described.peaks))
+    processes = f"{config.processes} process{'es' * (config.processes > 1)}"
     return [
+        ("layout", f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp} = {processes}"),
         ("schedule", f"{parallel.schedule}, {micro_batches}"),
-        ("bubble", f"{described.bubble_fraction:.1%} of the ranks' time, by FLOPs"),
+        ("bubble", f"{100 * described.bubble_fraction:.1f} % of the ranks' time, by FLOPs"),
         ("activations", f"at most {peaks} live, rank by rank; one is what a stage keeps of a micro-batch"),
     ]
+
+
+def keys_of_a_file(config: Config) -> list[str]:
+    """What must be set beside `parallel.schedule=FILE` for a schedule of this config."""
+    return [f"parallel.{key}={getattr(config.parallel, key)}" for key in ("pp", "stages_per_rank", "micro_batches")]
