@@ -29,7 +29,7 @@ from tptrain import failures, ranks
 from tptrain.config import Config, ConfigError, refuse, resolve
 from tptrain.failures import Failure, JobFailed
 from tptrain.job import Job, Place
-from tptrain.pipeline.load import load_schedule
+from tptrain.plan.pipeline import schedule_of
 
 _SHUTDOWN_SECONDS = 10
 """How long ranks may take to end after a signal before they are killed."""
@@ -131,7 +131,7 @@ def settle(config: Config, place: Place | None) -> Config:
         if gpus:
             resolved = resolve(config, started, gpus)
         resolved.hardware.device = "cuda" if gpus else "cpu"
-    load_schedule(resolved.parallel)
+    schedule_of(resolved)
     return resolved
 
 
