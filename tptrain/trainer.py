@@ -24,10 +24,10 @@ from tptrain.optim.lr_schedules import learning_rate
 from tptrain.optim.optimizers import build_optimizer, set_lr
 from tptrain.pipeline.actions import placement, with_transfers
 from tptrain.pipeline.engine import PipelineEngine
-from tptrain.pipeline.load import load_schedule
 from tptrain.pipeline.schedules import forward_only
 from tptrain.pipeline.timeline import Span
 from tptrain.pipeline.transfer import Transfer
+from tptrain.plan.pipeline import schedule_of
 from tptrain.share import ModelShare
 from tptrain.tensor_parallel.broadcast import broadcast_from_first
 from tptrain.tensor_parallel.collectives import gather_from_group
@@ -70,7 +70,7 @@ class Trainer:
         """config: resolved. train_tokens, val_tokens: one-dimensional ids; only the ranks of the first and last stage read them."""
         self.config, self.mesh = config, mesh
         self.dtype = _DTYPES[config.train.precision]
-        schedule = load_schedule(config.parallel)
+        schedule = schedule_of(config)
         self.ranks = placement(schedule)
         self.actions = schedule[mesh.pp_rank]
         self.share = ModelShare(config, mesh, self.ranks, self.dtype)

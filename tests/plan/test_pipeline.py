@@ -10,7 +10,7 @@ import pytest
 from tests.support import small_config
 from tptrain.config import Config
 from tptrain.model.flops import flops_per_token, num_parameters
-from tptrain.plan.pipeline import describe
+from tptrain.plan.pipeline import describe, stage_costs, stage_layers
 
 
 def pipelined(**changes: Any) -> Config:
@@ -98,3 +98,18 @@ def test_one_process_has_no_bubble() -> None:
     described = describe(small_config())
     assert (described.bubble_fraction, described.peaks, len(described.stages)) == (0, [1], 1)
     assert described.stages[0].parameters == num_parameters(small_config().model)
+
+
+def test_costs_add_up_to_three_forwards() -> None:
+    """The backward's two parts together cost two forwards; attention's share of them is all in the input gradient."""
+    config = pipelined(parallel__schedule="zb_v")
+    ranks = [0, 1, 2, 3, 3, 2, 1, 0]
+    bounds = stage_layers(config, ranks)
+    costs = stage_costs(config, bounds)
+    assert len(bounds) == len(ranks)
+    for stage, (first, last) in enumerate(bounds):
+        assert costs.input_gradient[stage] + costs.weight_gradient[stage] == 2 * costs.forward[stage]
+        h, ffn = config.model.hidden_size, config.model.ffn_hidden_size
+        head = config.model.vocab_size * h * (stage == len(bounds) - 1)
+        assert costs.weight_gradient[stage] == 2 * ((last - first) * (4 * h * h + 2 * h * ffn) + head)
+        assert costs.input_gradient[stage] - costs.forward[stage] == (last - first) * 4 * config.model.hidden_size * config.data.seq_len

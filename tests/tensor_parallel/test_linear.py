@@ -9,8 +9,11 @@ from torch.testing import assert_close
 from tests.tensor_parallel.support import CPU, SPLIT, load, on_ranks, order_of_linear, part, random, results, serial_linear
 from tptrain.mesh import Mesh
 from tptrain.tensor_parallel.communication import shard_bounds
-from tptrain.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, SharedColumnLinear, fan_out
+from tptrain.tensor_parallel.deferral import Deferral
+from tptrain.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, SharedColumnLinear, fan_out, head_of
+from tptrain.tensor_parallel.linear import column_linears
 from tptrain.tensor_parallel.parameter import local_part
+from tptrain.tensor_parallel.scratch import Scratch
 
 BATCH, SEQUENCE, INPUTS, OUTPUTS = 2, 12, 15, 36  # n = 24 tokens: no two of n, in/tp and out/tp are equal
 
@@ -121,3 +124,31 @@ def test_backward_keeps_only_this_rank_s_part_of_the_input(mesh: Mesh) -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor, s=saved: s.append(tensor) or tensor, lambda tensor: tensor):
             row(x)
         assert [tensor.data_ptr() for tensor in saved] == [x.data_ptr()]
+
+
+@on_ranks("tp1", "tp2")
+def test_scratch_memory_is_used_again_and_not_too_early(mesh: Mesh) -> None:
+    """Two micro-batches in flight have memory of their own, also while their weight gradients are put off; the next two use it again."""
+    plain, ours = (ColumnParallelLinear(INPUTS, OUTPUTS, False, mesh.tp, CPU) for _ in range(2))
+    for layer in (plain, ours):
+        load(layer, serial_linear(INPUTS, OUTPUTS, False))
+    scratch, deferral, places = Scratch(), Deferral(), []
+    ours.deferral = deferral
+    for seed in (1, 11):
+        inputs = [random(4, INPUTS, seed=seed + m).requires_grad_() for m in range(2)]
+        outputs = [column_linears(x, [head_of(ours, scratch)], ours.group, False)[0] for x in inputs]
+        places.append({y.data_ptr() for y in outputs})
+        put_off = []
+        for m, y in enumerate(outputs):
+            expected = plain(inputs[m].detach().requires_grad_())
+            torch.testing.assert_close(y, expected)
+            gradient = random(*y.shape, seed=100 + m)
+            expected.backward(gradient)
+            with deferral.putting_off() as work:
+                y.backward(y.detach().copy_(gradient))  # the gradient lies in the output's memory, as the loss leaves it
+            put_off += work
+        for make in put_off:
+            make()
+        assert_close(local_part(ours.weight.grad), local_part(plain.weight.grad))
+    assert len(places[0]) == 2
+    assert places[0] == places[1]

@@ -29,6 +29,7 @@ from tptrain.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEm
 from tptrain.tensor_parallel.linear import column_linears
 from tptrain.tensor_parallel.parameter import LabelledModule, labelled_parameter
 from tptrain.tensor_parallel.random import Stream, dropout
+from tptrain.tensor_parallel.scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class GPTStage(nn.Module):
         super().__init__()
         self.model, self.execution, self.group = model, execution, tp.get_group()
         self.is_first, self.is_last = first_layer == 0, last_layer == model.num_layers
+        self.scratch = Scratch()
         sequence = execution.sequence_parallel
         self.sequence_group = self.group if sequence else None
         if self.is_first or (self.is_last and model.tie_embeddings):
@@ -154,16 +156,17 @@ class GPTStage(nn.Module):
         length = x.shape[SEQUENCE] * (self.sequence_group.size() if self.sequence_group else 1)
         return rotation(torch.arange(length, device=x.device), self.model.head_size, self.model.rope_theta)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x: [b, s, h], or this rank's part of the sequence -> this rank's logits [b, s, vocab/tp]."""
-        return column_linears(x, [head_of(self.head or self.embedding)], self.group, self.execution.sequence_parallel)[0]
+    def logits(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """x: [b, s, h], or this rank's part of the sequence -> this rank's logits [b, s, vocab/tp]. scratch: their memory."""
+        return column_linears(x, [head_of(self.head or self.embedding, scratch)], self.group, self.execution.sequence_parallel)[0]
 
     def loss(self, x: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         """The sum of the tokens' losses in nats, an fp32 scalar equal on all tp ranks. x: as in `logits`."""
         vocabulary = Vocabulary(self.vocab_start, self.model.vocab_size, self.group)
         chunk = self.execution.loss_chunk_tokens
         if chunk is None:
-            logits = self.logits(x).flatten(0, 1)
+            goes_back = torch.is_grad_enabled() and x.device.type == "cpu"  # a GPU's allocator keeps memory itself
+            logits = self.logits(x, self.scratch if goes_back else None).flatten(0, 1)
             return vocab_parallel_cross_entropy(logits, targets.flatten(), vocabulary, label_smoothing, overwrite=True).sum()
         x = gather_from_sequence(x, self.group, True) if self.execution.sequence_parallel else copy_to_group(x, self.group)
         head = head_of(self.head or self.embedding)

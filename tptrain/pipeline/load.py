@@ -9,16 +9,21 @@ from tptrain.config import ConfigError, ParallelConfig, refuse
 from tptrain.pipeline.actions import Kind, Schedule, ScheduleError, placement, with_transfers
 from tptrain.pipeline.notation import loads
 from tptrain.pipeline.schedules import SCHEDULES
+from tptrain.pipeline.simulate import Costs
 from tptrain.pipeline.validate import check_computations, validate
+from tptrain.pipeline.zero_bubble import zb_v
 
 
-def load_schedule(parallel: ParallelConfig) -> Schedule:
-    """The schedule of a resolved config, with transfers. Raises ConfigError for a file that is missing, unreadable, of another
-    layout than the config's, or no schedule that can run."""
+def load_schedule(parallel: ParallelConfig, costs: Costs | None = None) -> Schedule:
+    """The schedule of a resolved config, with transfers. costs: of the stages, for a schedule that heeds them (zb_v).
+
+    Raises ConfigError for a file that is missing, unreadable, of another layout than the config's, or no schedule that can run.
+    """
     if parallel.schedule_is_file:
         schedule = _read(parallel)
     else:
-        schedule = SCHEDULES[parallel.schedule](parallel.pp, int(parallel.stages_per_rank), parallel.micro_batches)
+        sizes = (parallel.pp, int(parallel.stages_per_rank), parallel.micro_batches)
+        schedule = zb_v(*sizes, costs) if parallel.schedule == "zb_v" else SCHEDULES[parallel.schedule](*sizes)
     try:
         check_computations(schedule, parallel.micro_batches)
         complete = with_transfers(schedule)

@@ -14,9 +14,11 @@ for I alone.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 from tptrain.pipeline.actions import Action, Kind, Schedule, source_of
+from tptrain.pipeline.simulate import Costs
 
 F, I, W = Kind.FORWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT  # noqa: E741
 
@@ -48,20 +50,24 @@ _TURNS = ((F, 0), (F, 1), (I, 0), (I, 1))
 """The order in which a rank of `zb_v` prefers its work; 0 is its first stage, on the V's way down, 1 its second, on the way up."""
 
 
-def zb_v(ranks: int, stages_per_rank: int, micro_batches: int) -> Schedule:
+def zb_v(ranks: int, stages_per_rank: int, micro_batches: int, costs: Costs | None = None) -> Schedule:
     """Two stages a rank in a V, s and 2p - 1 - s ("Pipeline Parallelism with Controllable Memory", Qi et al. 2024, ZB-V).
 
-    Made by playing the step with F, I and W of one unit each: a free rank takes, in turn after what it did last, a forward or an
-    input gradient that is ready, else a weight gradient. It keeps at most 2p activations of a stage, p micro-batches' worth, and
-    leaves the last of them to its second stage, whose backward comes first: so a micro-batch that is under way can always finish.
-    The step takes 6m + p - 1 units for m >= p (at most 5 more with p from 12 to 16). These units are half of zb_h1's, and so is the bubble.
+    Made by playing the step: a free rank takes, in turn after what it did last, a forward or an input gradient that is ready, else a
+    weight gradient. It keeps at most 2p activations of a stage, p micro-batches' worth, and leaves the last of them to its second
+    stage, whose backward comes first: so a micro-batch that is under way can always finish.
+    costs: of the stages, in whole numbers; None: F, I and W of one unit each. Then the step takes 6m + p - 1 units for m >= p (at most
+    5 more with p from 12 to 16). These units are half of zb_h1's, and so is the bubble.
     """
     assert stages_per_rank == 2
+    units = [1] * 2 * ranks
+    costs = costs or Costs(units, units, units)
     legs = [(rank, 2 * ranks - 1 - rank) for rank in range(ranks)]
     schedule: Schedule = [[] for _ in range(ranks)]
     following: dict[tuple[Kind, int], int] = defaultdict(int)  # by kind and stage: the micro-batch whose turn it is
-    live, last_turn = [0] * ranks, [-1] * ranks
-    done: set[Action] = set()
+    live, last_turn, free_at = [0] * ranks, [-1] * ranks, [0.0] * ranks
+    ends: dict[Action, float] = {}
+    now = 0.0
 
     def ready(kind: Kind, rank: int, leg: int) -> Action | None:
         action = Action(kind, legs[rank][leg], following[kind, legs[rank][leg]])
@@ -69,7 +75,7 @@ def zb_v(ranks: int, stages_per_rank: int, micro_batches: int) -> Schedule:
             return None
         own = None if kind is F else action._replace(kind=F if kind is I else I)
         sources = (source_of(action, 2 * ranks), own)
-        return action if all(source is None or source in done for source in sources) else None
+        return action if all(source is None or ends.get(source, math.inf) <= now for source in sources) else None
 
     def choose(rank: int) -> Action | None:
         for turn in range(last_turn[rank] + 1, last_turn[rank] + 1 + len(_TURNS)):
@@ -80,13 +86,15 @@ def zb_v(ranks: int, stages_per_rank: int, micro_batches: int) -> Schedule:
                 return action
         return ready(W, rank, 0) or ready(W, rank, 1)
 
-    while len(done) < 3 * 2 * ranks * micro_batches:
-        chosen = [choose(rank) for rank in range(ranks)]
-        assert any(chosen), "no rank can go on"
-        for rank, action in enumerate(chosen):
+    while len(ends) < 3 * 2 * ranks * micro_batches:
+        for rank in range(ranks):
+            action = choose(rank) if free_at[rank] <= now else None
             if action is not None:
                 schedule[rank].append(action)
                 following[action.kind, action.stage] += 1
                 live[rank] += (action.kind is F) - (action.kind is W)
-                done.add(action)
+                free_at[rank] = ends[action] = now + costs.of(action)
+        later = [time for time in free_at if time > now]
+        assert later, "no rank can go on"
+        now = min(later)
     return schedule

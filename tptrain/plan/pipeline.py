@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tptrain.config import Config
-from tptrain.model.flops import block_flops, head_flops, stage_parameters
+from tptrain.model.flops import attention_flops, block_flops, head_flops, stage_parameters
 from tptrain.pipeline.actions import COMPUTATIONS, Schedule, placement
 from tptrain.pipeline.load import load_schedule
 from tptrain.pipeline.partition import partition
@@ -45,17 +45,33 @@ class PipelinePlan:
 def describe(config: Config) -> PipelinePlan:
     """The plan of a resolved config's pipeline. Raises ConfigError for a schedule file that cannot run."""
     model = config.model
-    schedule = [[action for action in actions if action.kind in COMPUTATIONS] for actions in load_schedule(config.parallel)]
+    schedule = [[action for action in actions if action.kind in COMPUTATIONS] for actions in schedule_of(config)]
     ranks = placement(schedule)
     bounds = stage_layers(config, ranks)
     stages = [
         StagePlan(rank, first, last, stage_parameters(model, first, last), forward_flops(config, first, last))
         for rank, (first, last) in zip(ranks, bounds, strict=True)
     ]
-    forward = [stage.forward_flops for stage in stages]
-    backward = [flops + recomputed_flops(config, *layers) for flops, layers in zip(forward, bounds, strict=True)]
-    step = simulate(schedule, Costs(forward, input_gradient=backward, weight_gradient=forward))
+    step = simulate(schedule, stage_costs(config, bounds))
     return PipelinePlan(stages, schedule, step.bubble_fraction, step.peaks)
+
+
+def schedule_of(config: Config) -> Schedule:
+    """The schedule of a resolved config, with transfers; zb_v is made for what the config's stages cost. Raises ConfigError as
+    `load_schedule` does."""
+    schedule = load_schedule(config.parallel)
+    if config.parallel.schedule != "zb_v":
+        return schedule
+    return load_schedule(config.parallel, stage_costs(config, stage_layers(config, placement(schedule))))
+
+
+def stage_costs(config: Config, bounds: Sequence[tuple[int, int]]) -> Costs:
+    """FLOPs of one token on each stage. bounds: its layers. Attention's backward makes input gradients alone."""
+    forward = [forward_flops(config, *layers) for layers in bounds]
+    attention = [(last - first) * attention_flops(config.model, config.data.seq_len) for first, last in bounds]
+    again = [recomputed_flops(config, *layers) for layers in bounds]
+    inputs = [flops + extra + made for flops, extra, made in zip(forward, attention, again, strict=True)]
+    return Costs(forward, inputs, [flops - extra for flops, extra in zip(forward, attention, strict=True)])
 
 
 def stage_layers(config: Config, ranks: Sequence[int]) -> list[tuple[int, int]]:

@@ -30,6 +30,7 @@ from tptrain.tensor_parallel.collectives import (
 from tptrain.tensor_parallel.communication import shard_bounds
 from tptrain.tensor_parallel.linear import Operand, column_linears, row_linear
 from tptrain.tensor_parallel.parameter import LabelledModule, existing_gradient, labelled_parameter
+from tptrain.tensor_parallel.scratch import Scratch
 
 
 class ColumnParallelLinear(LabelledModule):
@@ -199,9 +200,9 @@ class _LookUp(torch.autograd.Function):
         return None, None, None, None
 
 
-def head_of(layer: ColumnParallelLinear | VocabParallelEmbedding) -> Operand:
+def head_of(layer: ColumnParallelLinear | VocabParallelEmbedding, scratch: Scratch | None = None) -> Operand:
     """The layer that makes logits: a column layer, or an embedding used as one, [vocab/tp, h] either way. No bias."""
-    return Operand(layer.weight, layer.values("weight"), None, None, None, layer.deferral)
+    return Operand(layer.weight, layer.values("weight"), None, None, None, layer.deferral, scratch)
 
 
 def _operand(layer: ColumnParallelLinear | RowParallelLinear, rows: slice | None = None) -> Operand:

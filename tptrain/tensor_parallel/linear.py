@@ -29,6 +29,7 @@ from tptrain.tensor_parallel.communication import (
 )
 from tptrain.tensor_parallel.deferral import Deferral
 from tptrain.tensor_parallel.parameter import add_gradient, add_product
+from tptrain.tensor_parallel.scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Operand:
     """The rows of the weight's local part that `weight_values` are, where not all."""
     deferral: Deferral | None = None
     """Who decides when the gradients of weight and bias are made; None: at once."""
+    scratch: Scratch | None = None
+    """Where the output's memory comes from, and goes to with the output's gradient, which lies in it or is this layer's alone."""
 
 
 def column_linears(
@@ -85,7 +88,7 @@ class _ColumnLinears(torch.autograd.Function):
         ctx.save_for_backward(x)
         if dim is not None:
             x = _start_gather(x, dim, group).wait()
-        return tuple(F.linear(x, operand.weight_values, operand.bias_values) for operand in operands)
+        return tuple(_product(x, operand) for operand in operands)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -141,6 +144,16 @@ class _RowSum(torch.autograd.Function):
         return gathering.wait() if gathering else grad, None, None, None, None
 
 
+def _product(x: Tensor, operand: Operand) -> Tensor:
+    """x W^T + b."""
+    if operand.scratch is None:
+        return F.linear(x, operand.weight_values, operand.bias_values)
+    matrix, weight = _matrix(x), operand.weight_values
+    y = torch.mm(matrix, weight.t(), out=operand.scratch.take(len(matrix), len(weight), x))
+    y = y if operand.bias_values is None else y.add_(operand.bias_values)
+    return y.view(*x.shape[:-1], len(weight))
+
+
 def _add_gradients(operand: Operand, y_grad: Tensor, x: Tensor, bias: bool = True) -> None:
     """Add the gradients of weight and bias, now or later. y_grad: [n, out], x: [n, in]."""
 
@@ -148,6 +161,8 @@ def _add_gradients(operand: Operand, y_grad: Tensor, x: Tensor, bias: bool = Tru
         add_product(operand.weight, y_grad, x, operand.rows)
         if bias and operand.bias is not None:
             add_gradient(operand.bias, y_grad.sum(0), operand.rows)
+        if operand.scratch is not None:
+            operand.scratch.give_back(y_grad)
 
     if operand.deferral is None:
         make()
