@@ -148,10 +148,9 @@ def _product(x: Tensor, operand: Operand) -> Tensor:
     """x W^T + b."""
     if operand.scratch is None:
         return F.linear(x, operand.weight_values, operand.bias_values)
-    matrix, weight = _matrix(x), operand.weight_values
-    y = torch.mm(matrix, weight.t(), out=operand.scratch.take(len(matrix), len(weight), x))
-    y = y if operand.bias_values is None else y.add_(operand.bias_values)
-    return y.view(*x.shape[:-1], len(weight))
+    y = operand.scratch.take((*x.shape[:-1], len(operand.weight_values)), x)
+    torch.mm(_matrix(x), operand.weight_values.t(), out=_matrix(y))
+    return y if operand.bias_values is None else y.add_(operand.bias_values)
 
 
 def _add_gradients(operand: Operand, y_grad: Tensor, x: Tensor, bias: bool = True) -> None:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
 class Scratch:
-    """Matrices that nobody reads any more."""
+    """Tensors that nobody reads any more."""
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
 
-    def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """A matrix [rows, columns] of the dtype and on the device of `like`, with any content."""
-        for place, matrix in enumerate(self._free):
-            if matrix.shape == (rows, columns) and matrix.dtype == like.dtype:
-                return self._free.pop(place)
+    def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A tensor of a shape, of the dtype and on the device of `like`, with any content. It is no view, whatever it was before."""
+        size = math.prod(shape)
+        for place, tensor in enumerate(self._free):
+            if tensor.numel() == size and tensor.dtype == like.dtype:
+                del self._free[place]
+                view = tensor.view(tuple(shape))
+                return like.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
         self._free.clear()  # of another batch
-        return like.new_empty(rows, columns)
+        return like.new_empty(shape)
 
-    def give_back(self, matrix: Tensor) -> None:
-        """Take back what `take` gave, or any other matrix that is nobody else's."""
-        if matrix.is_contiguous():
-            self._free.append(matrix)
+    def give_back(self, tensor: Tensor) -> None:
+        """Take back what `take` gave, or any other tensor that is nobody else's."""
+        if tensor.is_contiguous():
+            self._free.append(tensor)
