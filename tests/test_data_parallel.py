@@ -19,7 +19,8 @@ from tptrain.data_parallel import DataParallel, dp_dimension
 from tptrain.mesh import Mesh
 from tptrain.model.gpt import GPTStage
 from tptrain.model.init import initialise
-from tptrain.tensor_parallel.parameter import compute_in
+from tptrain.tensor_parallel.deferral import Deferral
+from tptrain.tensor_parallel.parameter import compute_in, defer_by
 
 CPU = torch.device("cpu")
 SCALE = 1 / 64
@@ -196,8 +197,33 @@ def check_bf16(rank: int) -> None:
         loss = stage(inputs, targets)
         data_parallel.before_backward(i == 6)
         (loss * SCALE).backward()
+    check_seven_times(stage, once)
+
+    # The same where weight gradients are put off, and made one micro-batch after another.
+    defer_by(stage, deferral := Deferral())
+    for count in (1, 7):
+        left = []
+        for _ in range(count):
+            loss = stage(inputs, targets)
+            data_parallel.before_backward(False)
+            with deferral.putting_off() as work:
+                (loss * SCALE).backward()
+            left.append(work)
+        for i, work in enumerate(left):
+            with torch.no_grad():
+                for make in work:
+                    make()
+            data_parallel.after_weight_gradients(i == count - 1)
+        if count == 1:
+            once = {name: whole(parameter.grad) for name, parameter in stage.named_parameters()}
+            stage.zero_grad()
+    check_seven_times(stage, once)
+
+
+def check_seven_times(stage: GPTStage, once: dict[str, Tensor]) -> None:
     for name, parameter in stage.named_parameters():
         assert_close(whole(parameter.grad), 7 * once[name], rtol=1e-6, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
+    stage.zero_grad()
 
 
 def test_without_dp_nothing_is_wrapped() -> None:

@@ -11,7 +11,7 @@ from tests.ranks import run_ranks
 from tests.support import skewed_tokens, small_config
 
 STEPS = 20
-LAYOUTS: list[dict[str, int]] = [{}, {"tp": 2}, {"pp": 2}, {"dp": 2}]
+LAYOUTS: list[dict[str, Any]] = [{}, {"tp": 2}, {"pp": 2}, {"dp": 2}, {"pp": 2, "schedule": "zb_v"}]
 SGD = {"optimizer__name": "sgd", "optimizer__lr": 0.5, "optimizer__weight_decay": 0.0}
 
 

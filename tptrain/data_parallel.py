@@ -1,7 +1,8 @@
 """Data parallelism by `torch.distributed.fsdp.fully_shard`, set up for a pipeline.
 
 Each rank of a dp group keeps 1/dp of the fp32 weights, gradients and optimizer state. The weights are gathered once a
-step, stay gathered over all its micro-batches, and the gradients are summed over dp once, inside the last backward.
+step, stay gathered over all its micro-batches, and the gradients are summed over dp once, inside the last backward, or after
+the last weight gradient where these are put off.
 The sum is no mean: the loss is already divided by the global token count.
 
 bf16 is `fully_shard`'s mixed precision: bf16 weights and activations, fp32 gradient sums. With dp=1 there is nothing to shard,
@@ -27,6 +28,7 @@ class DataParallel:
         """Wrap `stage` and, as separate all-gathers, each of `units` inside it."""
         self.modules: list[FSDPModule] = []
         self._syncing: bool | None = None
+        self._sums_in_place = dtype == torch.float32  # else gradients are of `dtype` until a backward ends
         if mesh.dp_size == 1:
             return
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -50,15 +52,20 @@ class DataParallel:
             root.set_is_last_backward(is_last)
             self._syncing = is_last
 
-    def reduce(self) -> None:
-        """Reduce gradients, and give the gathered weights back, after the last backward: where it is not what completed them.
-
-        `fully_shard` offers this to nobody but its own hook at the end of a backward, which is called here as
-        `torch.distributed.pipelining` calls it.
+    def after_weight_gradients(self, is_last: bool) -> None:
+        """Do for a micro-batch's put-off weight gradients what the end of its backward did without them: in mixed precision add them
+        to the fp32 sums; after the step's last ones reduce gradients, all of one dtype, and give the gathered weights back.
         """
-        if self.modules:
-            self.before_backward(is_last=True)
-            fully_shard.state(self.modules[-1])._root_post_backward_final_callback()  # type: ignore[attr-defined]
+        if self.modules and not self._sums_in_place:
+            self._end_backward(is_last=False)
+        if self.modules and is_last:
+            self._end_backward(is_last=True)
+
+    def _end_backward(self, is_last: bool) -> None:
+        """`fully_shard` offers this to nobody but its own hook at the end of a backward, which is called here as
+        `torch.distributed.pipelining` calls it."""
+        self.before_backward(is_last)
+        fully_shard.state(self.modules[-1])._root_post_backward_final_callback()  # type: ignore[attr-defined]
 
     def release(self) -> None:
         """Give the gathered weights back after forwards without a backward; the parameters are the fp32 shards again."""

@@ -95,9 +95,9 @@ class ModelShare:
         """See `pipeline.engine.Backward`."""
         self.data_parallel[stage].before_backward(last)
 
-    def complete(self, stage: int) -> None:
+    def after_weight_gradients(self, stage: int, last: bool) -> None:
         """See `pipeline.engine.Backward`."""
-        self.data_parallel[stage].reduce()
+        self.data_parallel[stage].after_weight_gradients(last)
 
     def putting_off(self) -> AbstractContextManager[list[Callable[[], None]]]:
         """See `pipeline.engine.Backward`."""

@@ -48,9 +48,8 @@ def whole_state(trainer: Any) -> dict[str, np.ndarray]:
 
 def walk(rank: int, folder: Path, base: dict[str, Any]) -> list[dict[str, Any]]:
     """Train and save under the first layout; load under each other one, and save again there for the next."""
-    from tptrain.checkpoint.sharded import load
     from tptrain.mesh import build_mesh
-    from tptrain.train import save_checkpoint
+    from tptrain.train import resume, save_checkpoint
     from tptrain.trainer import Trainer
 
     seen = []
@@ -62,11 +61,10 @@ def walk(rank: int, folder: Path, base: dict[str, Any]) -> list[dict[str, Any]]:
             for _ in range(3):
                 trainer.step()
         else:
-            checkpoint = folder / f"run{number - 1}/checkpoints/step-00000003"
-            state = load(checkpoint, trainer.share.parameters(), trainer.optimizer, trainer.mesh.world)
-            trainer.share.repeat_tied(trainer.optimizer)
+            config.checkpoint.resume = str(folder / f"run{number - 1}/checkpoints/step-00000003")
+            resume(trainer, folder / f"run{number}")
+            assert trainer.steps_done == 3
             assert_copies_are_equal(trainer)
-            trainer.steps_done, trainer.samples_done = state["step"], state["samples"]
         seen.append({"state": whole_state(trainer), "samples": trainer.samples_done})
         save_checkpoint(trainer, folder / f"run{number}")
     return seen

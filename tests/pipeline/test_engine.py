@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from tests.ranks import run_ranks
 from tests.tensor_parallel.support import mesh_of, random
-from tptrain.pipeline.actions import COMPUTATIONS, Kind, placement, with_transfers
+from tptrain.pipeline.actions import COMPUTATIONS, Action, Kind, placement, with_transfers
 from tptrain.pipeline.engine import PipelineEngine
 from tptrain.pipeline.schedules import SCHEDULES, forward_only
 from tptrain.pipeline.transfer import Transfer
@@ -122,8 +122,8 @@ class Recorder:
     def before(self, stage: int, last: bool) -> None:
         self.asked[stage].append(last)
 
-    def complete(self, stage: int) -> None:
-        self.completed.append(stage)
+    def after_weight_gradients(self, stage: int, last: bool) -> None:
+        self.completed += [stage] * last
 
     @contextmanager
     def putting_off(self) -> Iterator[list[Callable[[], None]]]:
@@ -177,9 +177,12 @@ def check_training(mesh, name: str, v: int, m: int) -> None:
     engine, recorder = engine_of(mesh, ranks)
     inputs, targets = micro_batches(m)
     live = []
+    backwards = [action for action in schedule[s] if action.kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT)]
 
     def before(stage: int, last: bool) -> None:
         live.append(sum(toy.live for toy in recorder.stages.values()))
+        answered = {action._replace(kind=Kind.SEND_ACTIVATION) for action in backwards[: len(live) - 1]}
+        assert not answered & engine.transfer._sends.keys(), "a send outlives its answer"
         Recorder.before(recorder, stage, last)
 
     recorder.before = before  # type: ignore[method-assign]
@@ -196,6 +199,7 @@ def check_training(mesh, name: str, v: int, m: int) -> None:
         assert len(asked) == m
         assert asked.count(True) + recorder.completed.count(number) == 1, "the stage's gradients are complete once"
         assert bool(split) or asked == [False] * (m - 1) + [True], "only the stage's last backward may reduce over dp"
+        assert not split or not any(asked), "weight gradients that are still to come would not be reduced"
         assert all(stage.grad_enabled)
         assert stage.live == 0, "a micro-batch's activations outlive the step"
         assert all(output() is None for output in stage.outputs), "a micro-batch's output outlives the step"
@@ -249,6 +253,7 @@ def check_inference(mesh, ranks: Sequence[int], m: int) -> None:
             assert_close(sum(outputs), total, rtol=1e-5, atol=1e-4)
         del outputs
         nothing_is_left(engine)
+        assert [span.action for span in engine.spans] == [action for action in actions if action.kind is Kind.FORWARD]
         outlived = [output() for stage in recorder.stages.values() for output in stage.outputs]
         assert all(output is None for output in outlived), "an output outlives the evaluation"
     for stage in recorder.stages.values():
@@ -297,3 +302,31 @@ def check_handing_on(rank: int) -> None:
             twin = x.detach().requires_grad_()
             (((torch.tanh(last.linear(twin)) - target) ** 2).sum() * SCALE.float()).backward()
             assert_close(gradient, twin.grad)
+
+
+@pytest.mark.parametrize("world", [2])
+def test_put_off_work_that_reads_what_was_received(world: int) -> None:
+    """Weight gradients made of the very buffer that a gradient was received into, after all other gradients have come."""
+    run_ranks(world, check_late_weights)
+
+
+def check_late_weights(rank: int) -> None:
+    mesh, m = mesh_of(pp=2), 6
+    parts = [ToyStage(index, 2) for index in range(2)]
+
+    def stage(x: Tensor, targets: Tensor | None, micro_batch: int) -> Tensor:
+        linear = parts[0].linear  # without a tanh behind it, the output's gradient is what the weight gradient is made of
+        return parts[1](x, targets, micro_batch) if rank == 1 else Linear.apply(x, linear.weight, linear.bias, parts[0].deferral)
+
+    computations = [
+        [Action(kind, 0, n) for kind in (Kind.FORWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT) for n in range(m)],
+        [Action(kind, 1, n) for n in range(m) for kind in (Kind.FORWARD, Kind.BACKWARD)],
+    ]
+    inputs, targets = micro_batches(m)
+    engine = PipelineEngine({rank: stage}, range(2), Transfer(mesh, (ROWS, WIDTH), torch.float32))
+    engine.train(with_transfers(computations)[rank], inputs, targets, SCALE, Recorder(parts[0].deferral, {rank: parts[rank]}))
+    if rank == 0:
+        twin, last = ToyStage(0, 2).linear, ToyStage(1, 2).linear
+        for x, target in zip(inputs, targets, strict=True):
+            (((torch.tanh(last(twin(x))) - target) ** 2).sum() * SCALE.float()).backward()
+        assert_close(parts[0].linear.weight.grad, twin.weight.grad)

@@ -2,7 +2,7 @@
 
 The engine knows no model. A stage is a callable (input, targets or None, micro-batch's number) -> output; the first stage's input
 is a micro-batch of the batch, the last stage's output with targets is the micro-batch's summed loss. A stage keeps no view of its
-input, and none of its output's gradient, for longer than its backward.
+input, and none of its output's gradient, for longer than until its weight gradients are made.
 
     forward          input ── stage ── output ──> next stage          kept: the input, and what autograd saves
     backward         input's gradient <── backward ── output's gradient    weight gradients: at once, or as the
@@ -36,8 +36,8 @@ class Backward(Protocol):
     def before(self, stage: int, last: bool) -> None:
         """Called before each backward of a stage; last: whether it completes the stage's gradients."""
 
-    def complete(self, stage: int) -> None:
-        """Called when put-off weight gradients were what completed the stage's gradients."""
+    def after_weight_gradients(self, stage: int, last: bool) -> None:
+        """Called after a micro-batch's put-off weight gradients were made; last: whether they complete the stage's gradients."""
 
     def putting_off(self) -> AbstractContextManager[list[Callable[[], None]]]:
         """In the block, weight gradients are not made; the list gets what makes them."""
@@ -68,7 +68,7 @@ class PipelineEngine:
 
     @property
     def spans(self) -> list[Span]:
-        """What the last step computed when."""
+        """What the last step, or the last forwards alone, computed when."""
         return self.clock.spans()
 
     def train(
@@ -96,8 +96,7 @@ class PipelineEngine:
                     loss += made.detach()
             elif kind is Kind.WEIGHT_GRADIENT:
                 self._weight_gradient(action)
-                if completing[stage] == action:
-                    backward.complete(stage)
+                backward.after_weight_gradients(stage, completing[stage] == action)
             elif kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT):
                 backward.before(stage, completing[stage] == action)
                 self._backward(action, loss_scale, backward)
@@ -110,6 +109,7 @@ class PipelineEngine:
     def infer(self, actions: Sequence[Action], inputs: Sequence[Tensor] | None, targets: Sequence[Tensor] | None) -> list[Tensor]:
         """Run forwards alone. Returns the last stage's outputs in the order of the micro-batches; elsewhere nothing."""
         outputs = []
+        self.clock.restart()
         for action in actions:
             if action.kind is Kind.FORWARD:
                 made = self._forward(action, inputs, targets)
