@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "failures": {"config"},
     "refusal": {"config", "job"},
     "ranks": {"config", "failures", "generate_config", "job", "monitor", "train", "check", "generate"},
-    "launch": {"checkpoint", "config", "data", "failures", "job", "pipeline", "ranks"},
+    "launch": {"checkpoint", "config", "data", "failures", "job", "pipeline", "plan", "ranks"},
     "verdict": set(),
     "prove": {"config", "data", "failures", "files", "job", "launch", "verdict"},
     "answer": {"checkpoint", "config", "data", "failures", "generate_config", "job", "launch"},

@@ -29,7 +29,7 @@ from tptrain import failures, ranks
 from tptrain.config import Config, ConfigError, refuse, resolve
 from tptrain.failures import Failure, JobFailed
 from tptrain.job import Job, Place
-from tptrain.pipeline.load import load_schedule
+from tptrain.plan.pipeline import schedule_of
 
 _SHUTDOWN_SECONDS = 10
 """How long ranks may take to end after a signal before they are killed."""
@@ -120,7 +120,7 @@ def settle(config: Config, place: Place | None) -> Config:
     """
     started = place.world_size if place else None
     resolved = resolve(config, started)
-    load_schedule(resolved.parallel)
+    schedule_of(resolved)
     if config.hardware.device == "cpu":
         return resolved
     gpus = count_gpus()

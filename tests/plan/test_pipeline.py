@@ -39,7 +39,7 @@ def test_stages_hold_the_whole_model_once() -> None:
         assert [stage.rank for stage in stages] == [0, 1, 2, 3]
         copy = model.vocab_size * model.hidden_size if tied else 0
         assert sum(stage.parameters for stage in stages) == num_parameters(model) + copy
-        assert sum(stage.forward_flops for stage in stages) == flops_per_token(model, config.data.seq_len) / 3
+        assert sum(stage.forward_flops_per_token for stage in stages) == flops_per_token(model, config.data.seq_len) / 3
 
 
 def test_a_large_vocabulary_leaves_the_last_stage_fewer_layers() -> None:

@@ -24,8 +24,8 @@ class StagePlan:
     """One past its last."""
     parameters: int
     """Over all its tp ranks."""
-    forward_flops: int
-    """FLOPs of one token's forward."""
+    forward_flops_per_token: int
+    """FLOPs of a forward."""
 
 
 @dataclass(frozen=True)

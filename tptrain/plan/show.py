@@ -28,11 +28,11 @@ def stage_table(described: PipelinePlan) -> Table:
     table = Table()
     for heading in ("stage", "rank", "layers", "parameters", "forward FLOPs"):
         table.add_column(heading, justify="right")
-    whole = sum(stage.forward_flops for stage in described.stages)
+    whole = sum(stage.forward_flops_per_token for stage in described.stages)
     for number, stage in enumerate(described.stages):
         first, last = stage.first_layer, stage.last_layer - 1
         layers = f"{first}" if first == last else f"{first}-{last}"
-        share = stage.forward_flops / whole
+        share = stage.forward_flops_per_token / whole
         table.add_row(f"{number}", f"{stage.rank}", layers, f"{stage.parameters:,}", f"{share:.1%}")
     return table
 
