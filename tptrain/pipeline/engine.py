@@ -175,8 +175,9 @@ class PipelineEngine:
     def _weight_gradient(self, action: Action) -> None:
         task = (action.stage, action.micro_batch)
         with self.clock.computing(action):
-            for make in self._weight_work.pop(task):
-                make()
+            work = self._weight_work.pop(task)
+            while work:
+                work.pop(0)()  # each lets go of its matrices
         self._give_back(self._lent.pop(task))
 
     # ---- what goes between stages ------------------------------------------------------------------------------
