@@ -39,11 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "failures": {"config"},
     "refusal": {"config", "job"},
     "ranks": {"config", "failures", "generate_config", "job", "monitor", "train", "check", "generate"},
-<<<<<<< HEAD
     "launch": {"checkpoint", "config", "data", "failures", "job", "plan", "ranks"},
-=======
-    "launch": {"checkpoint", "config", "data", "failures", "job", "pipeline", "plan", "ranks"},
->>>>>>> review-engine
     "verdict": set(),
     "prove": {"config", "data", "failures", "files", "job", "launch", "verdict"},
     "answer": {"checkpoint", "config", "data", "failures", "generate_config", "job", "launch"},

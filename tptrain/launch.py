@@ -121,7 +121,6 @@ def settle(config: Config, place: Place | None) -> Config:
     """
     started = place.world_size if place else None
     resolved = resolve(config, started)
-<<<<<<< HEAD
     if config.hardware.device != "cpu":
         gpus = count_gpus()
         if gpus == 0 and config.hardware.device == "cuda":
@@ -133,20 +132,6 @@ def settle(config: Config, place: Place | None) -> Config:
             resolved = resolve(config, started, gpus)
         resolved.hardware.device = "cuda" if gpus else "cpu"
     schedule_of(resolved)
-=======
-    schedule_of(resolved)
-    if config.hardware.device == "cpu":
-        return resolved
-    gpus = count_gpus()
-    if gpus == 0 and config.hardware.device == "cuda":
-        raise refuse("hardware.device", "cuda", "needs a GPU, and this machine shows none", "use hardware.device=cpu or auto")
-    if place and 0 < gpus < place.local_world_size:
-        rule = f"gives each rank a GPU, but this machine has {gpus} for {place.local_world_size} ranks"
-        raise refuse("hardware.device", config.hardware.device, rule, f"start {gpus} a machine, or use hardware.device=cpu")
-    if gpus:
-        resolved = resolve(config, started, gpus)
-    resolved.hardware.device = "cuda" if gpus else "cpu"
->>>>>>> review-engine
     return resolved
 
 

@@ -25,11 +25,7 @@ class StagePlan:
     parameters: int
     """Over all its tp ranks."""
     forward_flops_per_token: int
-<<<<<<< HEAD
     """FLOPs of one token's forward."""
-=======
-    """FLOPs of a forward."""
->>>>>>> review-engine
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,7 @@ def stage_table(described: PipelinePlan) -> Table:
         first, last = stage.first_layer, stage.last_layer - 1
         layers = f"{first}" if first == last else f"{first}-{last}"
         share = stage.forward_flops_per_token / whole
-<<<<<<< HEAD
         table.add_row(f"{number}", f"{stage.rank}", layers, f"{stage.parameters:,}", f"{100 * share:.1f} %")
-=======
-        table.add_row(f"{number}", f"{stage.rank}", layers, f"{stage.parameters:,}", f"{share:.1%}")
->>>>>>> review-engine
     return table
 
 
