@@ -297,3 +297,19 @@ def test_evaluation_wherever_the_stages_are() -> None:
     for ranks in ([0, 1, 2, 0, 1, 2], [0, 1, 2, 2, 1, 0], [0, 0, 1, 2], [0, 1, 0, 1, 0, 1, 0, 1]):
         for m in (1, 3, 40):
             assert validate(with_transfers(forward_only(ranks, m)), m, backward=False) == [0] * (max(ranks) + 1)
+
+
+@pytest.mark.parametrize("ranks", [range(4), [0, 1, 2, 3] * 3, [0, 1, 2, 3, 3, 2, 1, 0]], ids=["line", "ring", "V"])
+def test_forwards_alone_pile_nothing_up(ranks: list[int]) -> None:
+    """Between two stages wait at most as many activations as the pipeline is long, not as many as there are micro-batches; and ranks
+    wait no longer than it takes to fill and to empty the pipeline."""
+    m, stages = 100, len(ranks)
+    costs = Costs([1] * stages, [1] * stages, [1] * stages)
+    step = simulate(forward_only(ranks, m), costs)
+    ends = {span.action: span.end for spans in step.timeline for span in spans}
+    starts = {span.action: span.start for spans in step.timeline for span in spans}
+    for stage in range(stages - 1):
+        made = [ends[Action(FORWARD, stage, i)] for i in range(m)]
+        used = [starts[Action(FORWARD, stage + 1, i)] for i in range(m)]
+        assert max(sum(end <= time for end in made) - sum(start < time for start in used) for time in used) <= stages
+    assert step.step_seconds <= m * (stages // 4) + stages

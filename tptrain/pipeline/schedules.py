@@ -75,10 +75,19 @@ def _alternate(forwards: list[Action], backwards: list[Action], ahead: int) -> l
 
 
 def forward_only(ranks: Sequence[int], micro_batches: int) -> Schedule:
-    """For evaluation and generation: every forward, no backward. ranks: of each stage."""
+    """For evaluation and generation: every forward, no backward. ranks: of each stage.
+
+    A rank of v stages spends v units on a micro-batch, so stage s does micro-batch m at about v * m + s; in this order no more than a
+    few activations wait between two stages, however many micro-batches there are.
+    """
+    holders = max(ranks) + 1
+    each = len(ranks) // holders
     return [
-        [Action(Kind.FORWARD, stage, m) for stage in range(len(ranks)) if ranks[stage] == rank for m in range(micro_batches)]
-        for rank in range(max(ranks) + 1)
+        sorted(
+            (Action(Kind.FORWARD, stage, m) for stage in range(len(ranks)) if ranks[stage] == rank for m in range(micro_batches)),
+            key=lambda action: (each * action.micro_batch + action.stage, action.stage),
+        )
+        for rank in range(holders)
     ]
 
 
