@@ -32,11 +32,11 @@ from tptrain.share import ModelShare
 from tptrain.tensor_parallel.broadcast import broadcast_from_first
 from tptrain.tensor_parallel.collectives import gather_from_group
 from tptrain.tensor_parallel.cross_entropy import IGNORE_INDEX
+from tptrain.tensor_parallel.parameter import DTYPES
 from tptrain.tensor_parallel.random import Stream
 
 _EVALUATION_SEED = 0
 """The same for all runs: the held-out samples in a mixed order, so that a few batches already stand for all documents."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh, train_tokens: np.ndarray, val_tokens: np.ndarray) -> None:
         """config: resolved. train_tokens, val_tokens: one-dimensional ids; only the ranks of the first and last stage read them."""
         self.config, self.mesh = config, mesh
-        self.dtype = _DTYPES[config.train.precision]
+        self.dtype = DTYPES[config.train.precision]
         schedule = schedule_of(config)
         self.ranks = placement(schedule)
         self.actions = schedule[mesh.pp_rank]

@@ -11,6 +11,7 @@ from tptrain.pipeline.actions import COMPUTATIONS, Schedule, placement
 from tptrain.pipeline.load import load_schedule
 from tptrain.pipeline.partition import partition
 from tptrain.pipeline.simulate import Costs, simulate
+from tptrain.pipeline.zero_bubble import zb_v
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ def describe(config: Config) -> PipelinePlan:
 def schedule_of(config: Config) -> Schedule:
     """The schedule of a resolved config, with transfers; zb_v is made for what the config's stages cost. Raises ConfigError as
     `load_schedule` does."""
-    schedule = load_schedule(config.parallel)
     if config.parallel.schedule != "zb_v":
-        return schedule
-    return load_schedule(config.parallel, stage_costs(config, stage_layers(config, placement(schedule))))
+        return load_schedule(config.parallel)
+    ranks = placement(zb_v(config.parallel.pp, int(config.parallel.stages_per_rank), micro_batches=1))
+    return load_schedule(config.parallel, stage_costs(config, stage_layers(config, ranks)))
 
 
 def stage_costs(config: Config, bounds: Sequence[tuple[int, int]]) -> Costs:

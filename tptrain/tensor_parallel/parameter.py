@@ -23,6 +23,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from tptrain.tensor_parallel.communication import shard_bounds
 from tptrain.tensor_parallel.deferral import Deferral
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What layers compute in, by `train.precision`."""
+
 
 def labelled_parameter(shape: Sequence[int], shard_dim: int | None, tp: DeviceMesh, device: torch.device) -> nn.Parameter:
     """An uninitialised fp32 parameter of the whole shape `shape`, split over `tp` along `shard_dim` (None: replicated).
