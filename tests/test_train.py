@@ -212,9 +212,13 @@ def test_a_rank_that_raises_in_mid_step(tmp_path: Path) -> None:
 
 
 def test_a_frozen_rank_is_named_within_the_time_limit(tmp_path: Path) -> None:
-    """SIGSTOP in mid-step: every other rank gives up after launch.timeout_seconds, and the job says for whom it waited."""
+    """SIGSTOP in mid-step: every other rank gives up after launch.timeout_seconds, and the job says for whom it waited.
+
+    A step has many micro-batches, so that the signal finds the ranks in the pipeline and not in the step's few sums over all of them.
+    """
     run_dir, limit = tmp_path / "run", 5
     more = ["parallel=pp4", "parallel.schedule=zb_h1", "train.max_steps=100000", "checkpoint.every=0", "train.eval_every=0"]
+    more.append("train.global_batch_size=256")
     process = start_run(tmp_path, run_dir, *more, f"launch.timeout_seconds={limit}")
     wait_until(lambda: len(read_metrics(run_dir)) > 3, seconds=90)
     frozen = 2
