@@ -118,7 +118,7 @@ def test_resolving_leaves_the_argument_alone() -> None:
         ({"train__loss_chunk_tokens": 0}, None, None, "train.loss_chunk_tokens=0 is below 1: use 1 or more"),
         ({"launch__timeout_seconds": 0.0}, None, None, "launch.timeout_seconds=0.0 is not above 0: use a positive number"),
         ({"optimizer__grad_clip": 0.0}, None, None, "optimizer.grad_clip=0.0 is not above 0: use a positive number, or null"),
-        ({"data__val_fraction": 1.0}, None, None, "data.val_fraction=1.0 is not below 1: use a value from 0 up to, not including, 1"),
+        ({"data__val_fraction": 1.0}, None, None, "data.val_fraction=1.0 is not from 0 up to, not including, 1: use a share such as 0.05"),
     ],
 )  # fmt: skip
 def test_refusals_name_key_value_rule_and_remedy(changes: dict, started: int | None, devices: int | None, message: str) -> None:

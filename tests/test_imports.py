@@ -15,7 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "tptrain"
 
 ALLOWED: dict[str, set[str]] = {
     # what everybody may know
-    "config": set(),
+    "config_error": set(),
+    "data_config": {"config_error"},
+    "config": {"config_error", "data_config"},
     "files": set(),
     # the numeric rooms
     "mesh": {"config"},
@@ -31,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "plot_config": {"config"},
     "plan": {"config", "model", "pipeline"},
     # around them
-    "data": {"config", "files"},
+    "data": {"config", "config_error", "data_config", "files"},
     "checkpoint": {"model", "mesh", "config", "files"},
     "monitor": {"config", "files", "pipeline"},
     # from a command to running ranks

@@ -13,9 +13,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-
-class ConfigError(ValueError):
-    """The config asks for something that cannot run. The message is one line and ends with a remedy."""
+from tptrain.config_error import ConfigError as ConfigError
+from tptrain.config_error import as_text
+from tptrain.config_error import refuse as refuse
+from tptrain.data_config import DataConfig as DataConfig
+from tptrain.data_config import TokenizerConfig as TokenizerConfig
+from tptrain.data_config import check_data
 
 
 @dataclass
@@ -121,8 +124,8 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     eval_every: int
     """Steps between evaluations; 0 means only at the end."""
-    eval_steps: int
-    """Global batches an evaluation reads; 0 means no evaluation."""
+    eval_steps: int | None
+    """Global batches an evaluation reads of each validation set; null means all of it, 0 no evaluation."""
     compile: bool
     """Compile the stages with torch.compile."""
     loss_chunk_tokens: int | None
@@ -135,35 +138,6 @@ class TrainConfig:
     """Tokens that the trained model writes at the end of the run; 0 means none."""
     trace_steps: list[int] = field(default_factory=list)
     """Steps whose timeline is kept in traces/: what each rank computed when."""
-
-
-@dataclass
-class TokenizerConfig:
-    """How text becomes token ids."""
-
-    name: str
-    """byte: one id a UTF-8 byte, and one that ends a document."""
-
-
-@dataclass
-class DataConfig:
-    """What the model reads."""
-
-    source: str
-    """python_docs, text or memorize."""
-    seq_len: int
-    """Tokens in one training sequence."""
-    path: str | None = None
-    """For source=text: a file, a folder or a glob of UTF-8 text files, one document each."""
-    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(name="byte"))
-    val_fraction: float = 0.05
-    """Share of the documents that is held out for evaluation."""
-    store_dir: str = "outputs/token_stores"
-    """Where tokenised data is kept between runs."""
-    num_sequences: int = 100
-    """For source=memorize: how many random sequences."""
-    vocab_size: int = 1024
-    """For source=memorize: the ids they are drawn from."""
 
 
 @dataclass
@@ -319,20 +293,6 @@ def refuse_unprovable(config: Config) -> None:
         raise refuse("check.processes", config.check.processes, rule, "use 2 or more, or check.layouts=own")
 
 
-def refuse(key: str, value: object, rule: str, remedy: str) -> ConfigError:
-    """The one form of a refusal: `key=value rule: remedy`."""
-    return ConfigError(f"{key}={_text(value)} {rule}: {remedy}")
-
-
-def _text(value: object) -> str:
-    """A value as one would write it on the command line."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(_text, value))}]"  # no blanks: a shell would split there
-    return str(value)
-
-
 def _resolve_layout(parallel: ParallelConfig, started: int | None, devices: int | None) -> None:
     """Turn dp=auto into a number and compare tp x pp x dp with the processes at hand."""
     inner = parallel.tp * parallel.pp
@@ -415,7 +375,7 @@ def _check_partition(config: Config) -> None:
     if not is_list or len(sizes) != stages or sum(sizes) != layers:
         rule = f"is not {stages} number{'s' * (stages > 1)} of layers, 1 or more each, that sum to model.num_layers={layers}"
         example = [layers // stages + (stage < layers % stages) for stage in range(stages)]
-        raise refuse("parallel.partition", sizes, rule, f"use balanced, even or {_text(example)}")
+        raise refuse("parallel.partition", sizes, rule, f"use balanced, even or {as_text(example)}")
 
 
 def _resolve_batch(config: Config) -> None:
@@ -444,8 +404,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "train.precision": ("fp32", "bf16"),
     "train.compile": (False,),
     "train.init_from": (None,),
-    "data.source": ("python_docs", "text", "memorize"),
-    "data.tokenizer.name": ("byte",),
     "optimizer.name": ("adamw", "sgd"),
     "lr_schedule.name": ("cosine", "constant"),
     "checkpoint.async_save": (False,),
@@ -461,7 +419,7 @@ _AT_LEAST: dict[str, float] = {
     "parallel.tp": 1, "parallel.pp": 1, "parallel.micro_batch_size": 1, "parallel.micro_batches": 1,
     "train.max_steps": 0, "train.global_batch_size": 1, "train.log_every": 1, "train.eval_every": 0,
     "train.eval_steps": 0, "train.sample_tokens": 0, "train.loss_chunk_tokens": 1, "train.label_smoothing": 0,
-    "data.seq_len": 1, "data.num_sequences": 1, "data.vocab_size": 2, "data.val_fraction": 0,
+    "data.seq_len": 1,
     "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.momentum": 0,
     "lr_schedule.warmup_steps": 0, "lr_schedule.min_lr_ratio": 0,
     "checkpoint.every": 0, "checkpoint.keep": 1,
@@ -471,7 +429,7 @@ _AT_LEAST: dict[str, float] = {
 _ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "optimizer.eps", "launch.timeout_seconds")
 _ABOVE_ZERO_OR_NULL = ("optimizer.grad_clip", "hardware.peak_flops_per_second")
 _AT_MOST_ONE = ("lr_schedule.min_lr_ratio",)
-_BELOW_ONE = ("data.val_fraction", "optimizer.momentum", "model.dropout", "train.label_smoothing")
+_BELOW_ONE = ("optimizer.momentum", "model.dropout", "train.label_smoothing")
 _INT_OR_AUTO = ("parallel.dp", "parallel.stages_per_rank", "launch.threads_per_rank")
 _STAGES_PER_RANK: dict[str, int | None] = {"gpipe": None, "1f1b": 1, "interleaved": None, "zb_h1": 1, "zb_v": 2}
 """For each schedule that has a name, the stages that a rank must hold; None: any number."""
@@ -482,7 +440,7 @@ def _check_values(config: Config) -> None:
     for key, choices in _CHOICES.items():
         value = _get(config, key)
         if value not in choices:
-            options = ", ".join(_text(choice) for choice in choices)
+            options = ", ".join(as_text(choice) for choice in choices)
             rule, remedy = ("is not available", f"use {options}") if len(choices) == 1 else ("is unknown", f"use one of {options}")
             raise refuse(key, value, rule, remedy)
     for key, least in _AT_LEAST.items():
@@ -505,10 +463,11 @@ def _check_values(config: Config) -> None:
             raise refuse(key, value, "is neither auto nor a positive integer", "use auto, 1, 2, ...")
     if not all(step >= 1 for step in config.train.trace_steps):
         raise refuse("train.trace_steps", config.train.trace_steps, "has a step below 1", "use a list of steps such as [5], or []")
+    check_data(config.data)
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise refuse("optimizer.betas", betas, "is not two numbers from 0 up to 1", "use [0.9,0.95]")
-    for key in ("optimizer.lr", "optimizer.weight_decay", "data.val_fraction"):
+    for key in ("optimizer.lr", "optimizer.weight_decay"):
         if not math.isfinite(_get(config, key)):
             raise refuse(key, _get(config, key), "is not finite", "use a number")
 

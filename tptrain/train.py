@@ -43,7 +43,7 @@ def train(config: Config, run_dir: Path, store_dir: Path) -> float | None:
             result = trainer.step()
             step, last = trainer.steps_done, trainer.steps_done == max_steps
             logs = last or is_due(step, config.train.log_every)
-            evaluates = config.train.eval_steps > 0 and (last or is_due(step, config.train.eval_every))
+            evaluates = config.train.eval_steps != 0 and (last or is_due(step, config.train.eval_every))
             saves = last or is_due(step, config.checkpoint.every)
             if logs or evaluates or saves or zero is not None:
                 result.wait()  # for the device, so that the clock stops after the step

@@ -78,7 +78,7 @@ class Trainer:
         self.engine = self._engine(config.parallel.micro_batch_size, config.data.seq_len)
 
         self.train_data = Sampler(train_tokens, config.data.seq_len, config.seed)
-        self.val_data = Sampler(val_tokens, config.data.seq_len, _EVALUATION_SEED) if config.train.eval_steps else None
+        self.val_data = Sampler(val_tokens, config.data.seq_len, _EVALUATION_SEED) if config.train.eval_steps != 0 else None
         self.steps_done = 0
         self.samples_done = 0
 
@@ -150,14 +150,15 @@ class Trainer:
     # ---- evaluation and sampling ---------------------------------------------------------------------------
 
     def evaluate(self) -> float:
-        """Mean loss in nats a token over eval_steps global batches of the validation data, or all of it: always the same samples."""
+        """Mean loss in nats a token over eval_steps global batches of the validation data (null: all of it): always the same samples."""
         parallel, batch = self.config.parallel, self.config.batch_size
         actions = with_transfers(forward_only(self.ranks, parallel.micro_batches))[self.mesh.pp_rank]
         totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         assert self.val_data is not None, "train.eval_steps is 0"
         self.share.begin(training=False)
         samples = self.val_data.samples_per_epoch
-        for first in range(0, min(self.config.train.eval_steps * batch, samples), batch):
+        steps = self.config.train.eval_steps
+        for first in range(0, samples if steps is None else min(steps * batch, samples), batch):
             inputs, targets = self._micro_batches(self.val_data, first, samples)
             for loss, target in zip(self.engine.infer(actions, inputs, targets), targets or (), strict=False):
                 totals += torch.stack((loss.double(), (target != IGNORE_INDEX).sum().double()))

@@ -232,7 +232,7 @@ from types import SimpleNamespace
 from tptrain.config import ConfigError, DataConfig
 from tptrain.data import prepare
 path, store_dir = sys.argv[1:]
-data = DataConfig("text", 8, path=path, store_dir=store_dir)
+data = DataConfig("text", seq_len=8, path=path, store_dir=store_dir)
 try:
     prepare(SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=512), train=SimpleNamespace(eval_steps=1)))
 except ConfigError as error:

@@ -73,7 +73,7 @@ def test_a_lone_document_gives_its_tail(tmp_path: Path, make_config: Callable[..
 
 
 def listed(path: str) -> list[str]:
-    return list(list_source(DataConfig("text", 8, path=path)).files)
+    return list(list_source(DataConfig("text", seq_len=8, path=path)).files)
 
 
 def test_a_folder_is_its_txt_and_md_files(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_python_docs_come_in_the_order_of_their_paths(tmp_path: Path, monkeypatc
         (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "lib" / name).write_bytes(b"# \xe9\n" if name == "latin.py" else b"pass\n")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
-    source = list_source(DataConfig("python_docs", 8)).checked()
+    source = list_source(DataConfig("python_docs", seq_len=8)).checked()
     assert source.files == ("a-b.py", "a.py", "b.py", "pkg/z.py")
     assert source.names()[4:] == sorted(source.names()[4:])
     assert "topic:assert" in source.names()
@@ -174,15 +174,15 @@ def test_another_standard_library_is_another_source(tmp_path: Path, monkeypatch:
     (tmp_path / "pydoc_data" / "topics.py").write_text("topics = {}")
     (tmp_path / "a.py").write_text("pass")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    before = list_source(DataConfig("python_docs", 8)).fingerprint()
-    assert list_source(DataConfig("python_docs", 8)).fingerprint() == before
+    before = list_source(DataConfig("python_docs", seq_len=8)).fingerprint()
+    assert list_source(DataConfig("python_docs", seq_len=8)).fingerprint() == before
     (tmp_path / changed).write_text("a longer text")
-    assert list_source(DataConfig("python_docs", 8)).fingerprint() != before
+    assert list_source(DataConfig("python_docs", seq_len=8)).fingerprint() != before
 
 
 def test_no_standard_library_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ConfigError) as caught:
-        list_source(DataConfig("python_docs", 8))
+        list_source(DataConfig("python_docs", seq_len=8))
     expected = f"data.source=python_docs finds no standard library source under {tmp_path}: use data=text data.path=FOLDER"
     assert str(caught.value) == expected

@@ -142,7 +142,7 @@ import sys
 from types import SimpleNamespace
 from tptrain.config import DataConfig
 from tptrain.data import prepare
-data = DataConfig("memorize", 1000, num_sequences=3000, vocab_size=70000, store_dir=sys.argv[1])
+data = DataConfig("memorize", seq_len=1000, num_sequences=3000, vocab_size=70000, store_dir=sys.argv[1])
 config = SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=70000), train=SimpleNamespace(eval_steps=1))
 print("ready", flush=True)
 sys.stdin.readline()

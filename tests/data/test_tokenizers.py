@@ -35,8 +35,8 @@ def test_every_id_fits_the_vocabulary() -> None:
 
 
 def test_load_tokenizer() -> None:
-    assert isinstance(load_tokenizer(DataConfig("python_docs", 8)), ByteTokenizer)
-    assert isinstance(load_tokenizer(DataConfig("text", 8)), ByteTokenizer)
-    assert load_tokenizer(DataConfig("memorize", 8)) is None
+    assert isinstance(load_tokenizer(DataConfig("python_docs", seq_len=8)), ByteTokenizer)
+    assert isinstance(load_tokenizer(DataConfig("text", seq_len=8)), ByteTokenizer)
+    assert load_tokenizer(DataConfig("memorize", seq_len=8)) is None
     with pytest.raises(ValueError, match="'morse'"):
-        load_tokenizer(DataConfig("text", 8, tokenizer=TokenizerConfig("morse")))
+        load_tokenizer(DataConfig("text", seq_len=8, tokenizer=TokenizerConfig("morse")))

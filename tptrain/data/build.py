@@ -127,7 +127,7 @@ def _check_length(config: Config, store: TokenStore) -> None:
         raise refuse("data.seq_len", data.seq_len, f"is too long for the train split: {sum_text} tokens, and it has {found}",
                      f"use {shorter}more text")  # fmt: skip
     found = store.val.num_tokens
-    if config.train.eval_steps > 0 and found < needed:
+    if config.train.eval_steps != 0 and found < needed:
         shorter = f"data.seq_len={found - 1} or less, " if found > 1 else ""
         raise refuse("data.val_fraction", data.val_fraction, f"leaves the val split {found} tokens, but {sum_text}",
                      f"use a larger data.val_fraction, {shorter}more text, or train.eval_steps=0")  # fmt: skip
