@@ -39,8 +39,9 @@ ALLOWED: dict[str, set[str]] = {
     # from a command to running ranks
     "job": {"config"},
     "failures": {"config"},
+    "roll_call": set(),
     "refusal": {"config", "job"},
-    "ranks": {"config", "failures", "generate_config", "job", "monitor", "train", "check", "generate"},
+    "ranks": {"config", "failures", "generate_config", "job", "monitor", "roll_call", "train", "check", "generate"},
     "launch": {"checkpoint", "config", "data", "failures", "job", "plan", "ranks"},
     "verdict": set(),
     "prove": {"config", "data", "failures", "files", "job", "launch", "verdict"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from tests.command import FAULTS, Outcome, command, finish, processes_of, start, wait_until
 from tests.support import small_config
-from tptrain import failures, launch, ranks
+from tptrain import failures, launch, ranks, roll_call
 from tptrain.config import ConfigError
 from tptrain.failures import Failure
 from tptrain.job import Job, Place
@@ -32,10 +33,23 @@ def _train(run_dir: Path, *arguments: str, steps: int = 10, fault: str = "", tor
     return command(run_dir.parent, *arguments, torchrun=torchrun, PYTHONPATH=str(FAULTS), FAULT=fault)
 
 
-def _start(run_dir: Path, *arguments: str, fault: str = ""):
+def _ranks(run_dir: Path) -> list[str]:
+    """For each rank of the run, its process and its environment, in one line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line, variables = (folder / "cmdline").read_bytes().decode(), (folder / "environ").read_bytes().decode()
+        except OSError:
+            continue
+        if str(run_dir) in line and "tptrain.launch" in line:
+            found.append(f"{folder.name} {variables.replace(chr(0), ' ')}")
+    return found
+
+
+def _start(run_dir: Path, *arguments: str, fault: str = "", until: int = 7):
     """A long run, once its ranks are in the middle of training."""
     process = start(run_dir.parent, *TINY, "train.max_steps=5000", *arguments, PYTHONPATH=str(FAULTS), FAULT=fault)
-    wait_until(lambda: (_status(run_dir).get("step") or 0) > 6)
+    wait_until(lambda: (_status(run_dir).get("step") or 0) >= until)
     return process
 
 
@@ -97,6 +111,30 @@ def test_a_killed_rank_is_named_with_its_signal(run_dir: Path):
     assert outcome.err.startswith("rank 1 was killed by SIGKILL (out of memory?")
     assert "Traceback" not in outcome.err
     assert _status(run_dir)["error"].startswith("rank 1 was killed by SIGKILL")
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_a_rank_frozen_in_a_sum_over_all_ranks_is_named(run_dir: Path, frozen: int):
+    """gloo's own error names nobody. The stand-in sums over all four ranks, so no rank waits for one neighbour alone."""
+    layout, limit = ("parallel=tp2_pp2", "launch.timeout_seconds=4"), 4
+    process = _start(run_dir, *layout, fault=f"freeze:{frozen}", until=5)
+    log = run_dir / "logs" / f"rank-{frozen}.log"
+    wait_until(lambda: frozen == 0 or "frozen" in log.read_text())
+    pid = next(int(line.split()[0]) for line in _ranks(run_dir) if f"RANK={frozen}" in line.split())
+    began = time.time()
+    others = [rank for rank in range(4) if rank != frozen]
+    records = [run_dir / f"logs/rank-{rank}.error.json" for rank in others]
+    wait_until(lambda: all(path.exists() for path in records), seconds=60)
+    os.kill(pid, signal.SIGCONT)  # so that the launcher can end it at once
+    outcome = finish(process)
+    found = [json.loads(path.read_text()) for path in records]
+    assert all(record["time"] < began + limit + roll_call.PATIENCE_SECONDS + 5 for record in found)
+    timed_out = [record for record in found if "imed out" in record["error"]]
+    assert timed_out
+    assert all(record["waited_for"] == frozen and f"(rank {frozen} did not answer in time)" in record["error"] for record in timed_out)
+    assert outcome.code == 1
+    assert f"rank {frozen} did not answer in time" in outcome.err
+    assert f"(rank {frozen} did not answer in time)" in _status(run_dir)["error"]
 
 
 def test_a_refusal_by_the_ranks_is_one_line(run_dir: Path):

@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ _LOST_PEER_TEXT = re.compile(
     r"Connection (closed|reset|refused|aborted)|Broken pipe|Socket (Timeout|closed)|[Tt]imed? ?out|wait timeout"
     r"|connectFullMesh|failed to recv|remote process (has )?exited|Connection was likely closed"
 )
+_TIMED_OUT_TEXT = re.compile(r"[Tt]imed? ?out|wait timeout")
 _LOST_PEER_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
@@ -71,20 +73,34 @@ def kind_of(error: BaseException) -> str:
     """`refused`, `lost_peer` where the error or one that it grew from is of the connection to another rank, else `error`."""
     if isinstance(error, ConfigError):
         return "refused"
-    link: BaseException | None = error
-    while link is not None:
+    for link in _chain(error):
         is_runtime = isinstance(link, (RuntimeError, OSError))
         if type(link).__name__ in _LOST_PEER_TYPES or (is_runtime and _LOST_PEER_TEXT.search(str(link))):
             return "lost_peer"
-        link = link.__cause__ or link.__context__
     return "error"
 
 
-def record(run_dir: Path, rank: int, error: BaseException) -> Failure:
-    """Write down that `rank` fell by `error`: the traceback into its log, all of it into `logs/rank-N.error.json`."""
-    text = "".join(traceback.format_exception(error))
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, the one that it grew from, and so on."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def record(run_dir: Path, rank: int, error: BaseException, waited_for: Sequence[int] = ()) -> Failure:
+    """Write down that `rank` fell by `error`: the traceback into its log, all of it into `logs/rank-N.error.json`.
+
+    waited_for: the ranks that did not answer in time.
+    """
     message = str(error) if isinstance(error, ConfigError) else one_line(error)
-    failure = Failure(rank, time.time(), kind_of(error), message, text, waited_for=_waited_for(error))
+    if waited_for and named_peer(error) is None:
+        silent = f"rank{'s' * (len(waited_for) > 1)} {', '.join(map(str, waited_for))} did not answer in time"
+        error.add_note(silent)
+        message += f" ({silent})"
+    text = "".join(traceback.format_exception(error))
+    only = waited_for[0] if len(waited_for) == 1 else None
+    failure = Failure(rank, time.time(), kind_of(error), message, text, waited_for=only)
     path = _record_path(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renamed into place: the reader never sees half a file, even if this rank is killed meanwhile.
@@ -94,6 +110,17 @@ def record(run_dir: Path, rank: int, error: BaseException) -> Failure:
     with log_path(run_dir, rank).open("a") as log:
         log.write(text)
     return failure
+
+
+def timed_out(error: BaseException) -> bool:
+    """Whether a time limit of the connection to other ranks ended it."""
+    return kind_of(error) == "lost_peer" and any(_TIMED_OUT_TEXT.search(str(link)) for link in _chain(error))
+
+
+def named_peer(error: BaseException) -> int | None:
+    """The one rank that did not answer in time, where the error or one that it grew from says so."""
+    links = (link for link in _chain(error) if getattr(link, "waited_for", None) is not None)
+    return next((link.waited_for for link in links if _TIMED_OUT_TEXT.search(str(link))), None)  # type: ignore[attr-defined]
 
 
 def forget(run_dir: Path) -> None:
@@ -147,17 +174,6 @@ def _suspicion(failure: Failure, silent: set[int]) -> int:
     if failure.signal == signal.SIGABRT or failure.kind == "exit":
         return 1  # gloo aborts a process whose connection broke at a bad moment
     return 0
-
-
-def _waited_for(error: BaseException) -> int | None:
-    """The rank that did not answer in time, where the error or one that it grew from says so."""
-    link: BaseException | None = error
-    while link is not None:
-        waited_for: int | None = getattr(link, "waited_for", None)
-        if waited_for is not None and re.search(r"[Tt]imed? ?out", str(link)):
-            return waited_for
-        link = link.__cause__ or link.__context__
-    return None
 
 
 def _from_exit(rank: int, code: int, seen: float) -> Failure:

@@ -111,7 +111,7 @@ def joined(config: Config, job: Job | None, place: Place) -> Any:
     except Exception as error:
         if run_dir is None:
             raise
-        failure = failures.record(run_dir, place.rank, error)
+        failure = failures.record(run_dir, place.rank, error, _waited_for(error))
         if failure.kind != "lost_peer":
             os.write(terminal, f"{failures.describe(failure, run_dir)}\n".encode())
             time.sleep(0.5)  # until rank 0 waits for us, else its "running" may come after our "failed", and torchrun then stops it
@@ -133,7 +133,7 @@ def spawned(work: str, run_dir: Path, store_dir: Path, place: Place) -> NoReturn
         if place.rank == 0:
             result_path(run_dir).write_text(json.dumps(value))
     except Exception as error:
-        failures.record(run_dir, place.rank, error)
+        failures.record(run_dir, place.rank, error, _waited_for(error))
         leave(1)
     leave(0)
 
@@ -198,6 +198,23 @@ def _join_group(config: Config, place: Place) -> None:
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if place == ALONE else {}
     timeout = timedelta(seconds=config.launch.timeout_seconds)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, **alone)  # type: ignore[arg-type]
+
+
+def _waited_for(error: Exception) -> list[int]:
+    """Tell the others that this rank has fallen; the ranks that it waited for in vain, as far as that can be known."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    from tptrain import roll_call
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return []
+    store = _get_default_store()
+    roll_call.fall(store, dist.get_rank())
+    if not failures.timed_out(error):
+        return []
+    named = failures.named_peer(error)
+    return [named] if named is not None else list(roll_call.missing(store, dist.get_world_size()))
 
 
 def threads(config: Config, local_ranks: int) -> int:

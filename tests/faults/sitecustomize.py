@@ -22,6 +22,9 @@ def _fail(what: str) -> None:
         raise refuse("checkpoint.resume", "/nope", "has no checkpoint", "use checkpoint.resume=never")
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "freeze":
+        print(f"frozen: process {os.getpid()}", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
     if what == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
