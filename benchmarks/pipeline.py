@@ -2,12 +2,13 @@
 
 python -m benchmarks.pipeline [--rounds 5] [--steps 1] [--schedules gpipe 1f1b ...] [--layers 8] [--hidden 512] ...
 
-Each process computes with one thread. Every way of training first takes two steps from the same weights on the same batches and
-must report the losses and gradient norms of one process; the second depends on the first one's update. Then all take turns: one
-process alone (the other waits at a barrier), torch's schedules, ours with the same even split of the layers, and ours with
-parallel.partition=balanced, which torch has no counterpart of. fp32, fused AdamW, clipping by the norm over all stages on both sides,
-nothing compiled. The head is not tied to the embedding: torch's pipelining has no way to tie weights of two stages, and ours would
-add one all-reduce of the embedding's gradient a step.
+Two processes are tptrain's, and keep freed memory as its ranks do (`tptrain.host_memory`); two are torch's, and do as torch does, or
+with --same-memory as ours do. Each computes with one thread, and one pair at a time. Every way of training first takes two steps from
+the same weights on the same batches and must report the losses and gradient norms of one process; the second depends on the first
+one's update. Then all take turns: one process alone, ours with the same even split of the layers as torch's, ours with
+parallel.partition=balanced, which torch has no counterpart of, and torch's schedules. fp32, fused AdamW, clipping by the norm over
+all stages on both sides, nothing compiled. The head is not tied to the embedding: torch's pipelining has no way to tie weights of
+two stages, and ours would add one all-reduce of the embedding's gradient a step.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.alternate import ratio, turns
+from benchmarks.alternate import ratio
 from benchmarks.torch_pipeline import PEERS, TorchPipeline
-from benchmarks.two_ranks import CPU, RANKS, TIMEOUT_SECONDS, Sizes, add_sizes, barrier, config_of, mesh_of_one, our_step, say, start
+from benchmarks.two_ranks import CPU, RANKS, TIMEOUT_SECONDS, Pair, Sizes, add_sizes, config_of, mesh_of_one, our_step, say, start_pairs
 from tptrain.config import Config
 from tptrain.data.sampler import Sampler
+from tptrain.host_memory import keep_freed_memory
 from tptrain.mesh import Mesh, build_mesh
 from tptrain.model.gpt import GPTStage
 from tptrain.model.init import initialise
@@ -48,6 +51,7 @@ class Options(Sizes):
     rounds: int
     steps: int
     schedules: list[str]
+    same_memory: bool
 
 
 def parse() -> Options:
@@ -56,6 +60,7 @@ def parse() -> Options:
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--steps", type=int, default=1, help="optimizer steps of a turn")
     arguments.add_argument("--schedules", nargs="+", choices=OUR_SCHEDULES, default=list(OUR_SCHEDULES))
+    arguments.add_argument("--same-memory", action="store_true", help="let torch's processes keep freed memory too")
     add_sizes(arguments)
     return Options(**vars(arguments.parse_args()))
 
@@ -124,19 +129,42 @@ def weights_of(config: Config, alone: Mesh) -> dict[str, Tensor]:
     return {name: parameter.full_tensor() for name, parameter in whole.state_dict().items()}
 
 
-# ---- equal work ------------------------------------------------------------------------------------------
+# ---- ranks -----------------------------------------------------------------------------------------------
+
+OURS, THEIRS = "tptrain", "torch"
 
 
-def check_equal_work(ways: dict[str, Step]) -> None:
-    """Two steps of each way, with the losses and norms of one process. Raises AssertionError where they differ."""
-    expected: dict[int, tuple[float, float]] = {}
-    for name, way in ways.items():
-        for step in (1, 2):
-            loss, norm = agreed(*way())
-            say(f"{name} step {step}: loss {loss:.7f}; gradient norm {norm:.6f}")
-            right_loss, right_norm = expected.setdefault(step, (loss, norm))  # one process comes first
-            assert abs(loss - right_loss) <= LOSS_TOLERANCE * abs(right_loss), f"{name}: the loss differs from one process's"
-            assert abs(norm - right_norm) <= NORM_TOLERANCE * right_norm, f"{name}: the gradient norm differs from one process's"
+def measure(pair: Pair) -> dict[str, Any]:
+    """One rank's part: build its side's ways, let each take two steps, then the turns that count.
+
+    Returns for each way its `steps` (losses and gradient norms of the first two) and its `seconds`.
+    """
+    options: Options = pair.options
+    tokens = np.random.default_rng(0).integers(0, options.vocab, 100_000 + options.tokens)
+    alone = mesh_of_one()
+    ways: dict[str, Step]
+    if pair.side == OURS or options.same_memory:
+        keep_freed_memory()
+    if pair.side == OURS:
+        ways = {ONE: lambda: (0.0, 0.0)}
+        if dist.get_rank() == 0:
+            ways[ONE] = partial(our_step, Trainer(config_of(options), alone, tokens, tokens))
+        ways |= our_pipelines(options, tokens)
+    else:
+        ways = their_pipelines(options, tokens, alone)
+    names = pair.share(list(ways), (OURS, THEIRS))
+    steps: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+
+    def first(name: str) -> None:
+        steps[name].append(agreed(*ways[name]()))
+
+    def turn(way: Step) -> None:
+        for _ in range(options.steps):
+            way()
+
+    pair.take_turns({name: partial(first, name) for name in ways}, names, rounds=2)
+    seconds = pair.take_turns({name: partial(turn, way) for name, way in ways.items()}, names, options.rounds)
+    return {name: {"steps": steps[name], "seconds": seconds[name]} for name in ways}
 
 
 def agreed(loss: float, norm: float) -> tuple[float, float]:
@@ -146,28 +174,13 @@ def agreed(loss: float, norm: float) -> tuple[float, float]:
     return both[0].item(), both[1].item()
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------
-
-
-def measure(options: Options) -> None:
-    """One rank's part: build all ways, check them, take turns; rank 0 prints."""
-    tokens = np.random.default_rng(0).integers(0, options.vocab, 100_000 + options.tokens)
-    alone = mesh_of_one()
-    ways: dict[str, Step] = {ONE: lambda: (0.0, 0.0)}
-    if dist.get_rank() == 0:
-        ways[ONE] = partial(our_step, Trainer(config_of(options), alone, tokens, tokens))
-    ways |= their_pipelines(options, tokens, alone) | our_pipelines(options, tokens)
-    check_equal_work(ways)  # and warm up
-
-    def turn(way: Step) -> None:
-        for _ in range(options.steps):
-            way()
-        barrier()  # a turn lasts until the slower rank is done
-
-    seconds = turns({name: partial(turn, way) for name, way in ways.items()}, options.rounds, warmup=0, before=barrier)
-    if dist.get_rank() == 0:
-        table(options, seconds)
-        conclusions(options, seconds)
+def check_equal_work(steps: dict[str, list[tuple[float, float]]]) -> None:
+    """Hold two steps' losses and norms of each way to those of one process. Raises AssertionError where they differ."""
+    for name, found in steps.items():
+        for (loss, norm), (right_loss, right_norm) in zip(found, steps[ONE], strict=True):
+            print(f"{name}: loss {loss:.7f}; gradient norm {norm:.6f}")
+            assert abs(loss - right_loss) <= LOSS_TOLERANCE * abs(right_loss), f"{name}: the loss differs from one process's"
+            assert abs(norm - right_norm) <= NORM_TOLERANCE * right_norm, f"{name}: the gradient norm differs from one process's"
 
 
 # ---- what came out ---------------------------------------------------------------------------------------
@@ -216,4 +229,9 @@ def namesake_of(name: str, seconds: dict[str, list[float]]) -> str | None:
 
 
 if __name__ == "__main__":
-    start(measure, parse())
+    options = parse()
+    results = start_pairs(measure, options, (OURS, THEIRS))
+    check_equal_work({name: result["steps"] for name, result in results.items()})
+    taken = {name: result["seconds"] for name, result in results.items()}
+    table(options, taken)
+    conclusions(options, taken)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,6 +87,64 @@ def start(measure: Callable[[Any], None], options: Any) -> None:
     os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")  # before the ranks load torch
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_run, (folder, measure, options), nprocs=RANKS)
+
+
+def start_pairs(measure: Callable[[Pair], dict[str, Any]], options: Any, sides: Sequence[str]) -> dict[str, Any]:
+    """Call `measure(pair)` on a pair of ranks for each of `sides`, all at once; what the pairs' first ranks return, in one."""
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+    processes = len(sides) * RANKS
+    with tempfile.TemporaryDirectory() as folder:
+        turn = torch.multiprocessing.get_context("spawn").Barrier(processes)
+        torch.multiprocessing.spawn(_run_pair, (folder, measure, options, sides, turn), nprocs=processes)
+        results: dict[str, Any] = {}
+        for side in sides:
+            results |= json.loads(Path(folder, f"{side}.json").read_text())
+        return results
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One side's ranks, among those that take turns with them."""
+
+    side: str
+    options: Any
+    folder: Path
+    turn: Any
+    """A barrier of all ranks of all sides."""
+
+    def share(self, names: Sequence[str], sides: Sequence[str]) -> list[str]:
+        """What each side calls its ways, side after side: the order of the turns. Every rank calls this."""
+        if dist.get_rank() == 0:
+            (self.folder / f"{self.side}.names").write_text(json.dumps(list(names)))
+        self.turn.wait(TIMEOUT_SECONDS)
+        return [name for side in sides for name in json.loads((self.folder / f"{side}.names").read_text())]
+
+    def take_turns(self, ways: Mapping[str, Callable[[], object]], names: Sequence[str], rounds: int) -> dict[str, list[float]]:
+        """Seconds of each of this side's ways in each of `rounds` turns; the other sides' ranks wait meanwhile without computing."""
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            for name in names:
+                self.turn.wait(TIMEOUT_SECONDS)
+                if name in ways:
+                    barrier()
+                    began = time.perf_counter()
+                    ways[name]()
+                    barrier()  # a turn lasts until the slower rank is done
+                    seconds[name].append(time.perf_counter() - began)
+        self.turn.wait(TIMEOUT_SECONDS)
+        return seconds
+
+
+def _run_pair(number: int, folder: str, measure: Callable[[Pair], dict[str, Any]], options: Any, sides: Sequence[str], turn: Any) -> None:
+    pair = Pair(sides[number // RANKS], options, Path(folder), turn)
+
+    def keep(_: Any) -> None:
+        results = measure(pair)
+        if dist.get_rank() == 0:
+            (pair.folder / f"{pair.side}.json").write_text(json.dumps(results))
+
+    (pair.folder / pair.side).mkdir(exist_ok=True)
+    _run(number % RANKS, str(pair.folder / pair.side), keep, options)
 
 
 def _run(rank: int, folder: str, measure: Callable[[Any], None], options: Any) -> None:

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 from tptrain import failures
 from tptrain.config import Config
 from tptrain.generate_config import GenerateConfig
+from tptrain.host_memory import keep_freed_memory
 from tptrain.job import ALONE, Job, Place
 
 # ---- what ranks can do -----------------------------------------------------------------------------------
@@ -192,6 +193,7 @@ def _join_group(config: Config, place: Place) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(threads(config, place.local_world_size))
+    keep_freed_memory()
     on_gpu = config.hardware.device == "cuda"
     if on_gpu:
         torch.cuda.set_device(place.local_rank)
