@@ -236,7 +236,11 @@ def test_every_model_in_every_layout_resolves_or_is_refused(composed):
         assert all(": use " in text for text in refused), model
 
 
-WHERE = {("data", "text"): ("data.path=notes",)}
+WHERE = {
+    **{("data", name): ("data.path=notes",) for name in ("text", "jsonl", "parquet", "saved")},
+    ("data", "hub"): ("data.name=owner/name",),
+    ("data", "mixture"): ("+data.mixture.a={source: python_docs, weight: 3}", "+data.mixture.b={source: text, path: notes, weight: 1}"),
+}
 """What an option leaves to the user."""
 
 

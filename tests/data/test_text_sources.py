@@ -10,7 +10,8 @@ import pytest
 
 from tptrain.config import Config, ConfigError, DataConfig
 from tptrain.data import Split, TokenStore, prepare
-from tptrain.data.sources import list_source
+from tptrain.data.sources import open_source
+from tptrain.data.sources.text import open_text
 
 Documents = Callable[[Split], list[list[int]]]
 
@@ -73,7 +74,7 @@ def test_a_lone_document_gives_its_tail(tmp_path: Path, make_config: Callable[..
 
 
 def listed(path: str) -> list[str]:
-    return list(list_source(DataConfig("text", seq_len=8, path=path)).files)
+    return list(open_text(path, "data").files.names)
 
 
 def test_a_folder_is_its_txt_and_md_files(tmp_path: Path) -> None:
@@ -162,10 +163,11 @@ def test_python_docs_come_in_the_order_of_their_paths(tmp_path: Path, monkeypatc
         (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "lib" / name).write_bytes(b"# \xe9\n" if name == "latin.py" else b"pass\n")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
-    source = list_source(DataConfig("python_docs", seq_len=8)).checked()
-    assert source.files == ("a-b.py", "a.py", "b.py", "pkg/z.py")
-    assert source.names()[4:] == sorted(source.names()[4:])
-    assert "topic:assert" in source.names()
+    names = open_source(DataConfig("python_docs", seq_len=8)).load(tmp_path / "cache").names
+    assert names is not None
+    assert names[:4] == ("a-b.py", "a.py", "b.py", "pkg/z.py")
+    assert list(names[4:]) == sorted(names[4:])
+    assert "topic:assert" in names
 
 
 @pytest.mark.parametrize("changed", ["a.py", "pydoc_data/topics.py"])
@@ -174,15 +176,15 @@ def test_another_standard_library_is_another_source(tmp_path: Path, monkeypatch:
     (tmp_path / "pydoc_data" / "topics.py").write_text("topics = {}")
     (tmp_path / "a.py").write_text("pass")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    before = list_source(DataConfig("python_docs", seq_len=8)).fingerprint()
-    assert list_source(DataConfig("python_docs", seq_len=8)).fingerprint() == before
+    before = open_source(DataConfig("python_docs", seq_len=8)).fingerprint()
+    assert open_source(DataConfig("python_docs", seq_len=8)).fingerprint() == before
     (tmp_path / changed).write_text("a longer text")
-    assert list_source(DataConfig("python_docs", seq_len=8)).fingerprint() != before
+    assert open_source(DataConfig("python_docs", seq_len=8)).fingerprint() != before
 
 
 def test_no_standard_library_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ConfigError) as caught:
-        list_source(DataConfig("python_docs", seq_len=8))
+        open_source(DataConfig("python_docs", seq_len=8))
     expected = f"data.source=python_docs finds no standard library source under {tmp_path}: use data=text data.path=FOLDER"
     assert str(caught.value) == expected

@@ -17,7 +17,7 @@ import numpy as np
 
 from tptrain.config import Config, DataConfig, refuse
 from tptrain.data.memorize import KEY, random_tokens
-from tptrain.data.sources import Source, list_source
+from tptrain.data.sources import Source, open_source
 from tptrain.data.splits import held_out, split_tail
 from tptrain.data.store import FORMAT, StoreWriter, TokenStore, is_store
 from tptrain.data.tokenizers import ByteTokenizer, load_tokenizer
@@ -31,7 +31,7 @@ def prepare(config: Config, report: Callable[[str], None] = print) -> Path:
     model's vocabulary, and for a data.store_dir that cannot hold a store.
     """
     data = config.data
-    source = None if data.source == "memorize" else list_source(data)
+    source = None if data.source == "memorize" else open_source(data)
     tokenizer = load_tokenizer(data)
     _check_vocabulary(config, tokenizer)
     fingerprint = _fingerprint(data, source, tokenizer)
@@ -76,7 +76,7 @@ def _build(
             writer.append("train", ids)
             writer.append("val", ids)
         else:
-            _tokenise(data, source.checked(), tokenizer, writer, report)
+            _tokenise(data, source, tokenizer, writer, report)
         store = writer.finish()
     seconds = time.perf_counter() - started
     report(f"{_short(store.train.num_tokens + store.val.num_tokens)} tokens in {seconds:.1f} s -> {folder}")
@@ -88,12 +88,14 @@ def _tokenise(data: DataConfig, source: Source, tokenizer: ByteTokenizer, writer
 
     With a single document and a val_fraction above 0, its head is a document of train and its tail one of val.
     """
-    names = source.names()
-    report(f"tokenising {data.source}: {len(names)} document{'s' * (len(names) != 1)}")
-    validation = held_out(names, data.val_fraction)
     end = np.array([tokenizer.end_of_document])
     with TemporaryDirectory(dir=writer.building) as cache_dir:
-        for name, text in source.read(Path(cache_dir)):
+        documents = source.load(Path(cache_dir))
+        names = documents.names or [str(row) for row in range(len(documents))]
+        report(f"tokenising {data.source}: {len(names)} document{'s' * (len(names) != 1)}")
+        validation = held_out(names, data.val_fraction)
+        for index, name in enumerate(names):
+            (text,) = documents.texts(index, index + 1)
             parts = {"val" if name in validation else "train": text}
             if len(names) == 1 and data.val_fraction > 0:
                 parts["train"], parts["val"] = split_tail(text, data.val_fraction)

@@ -1,0 +1,47 @@
+"""What the sources share: hashes, names of files in a cache, rows as a stream, and quiet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def hash_of(*parts: object) -> str:
+    """SHA-256 of what JSON can hold, in hex digits."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def cache_file(cache_dir: Path, fingerprint: str) -> Path:
+    """The arrow file of a source's documents."""
+    return Path(cache_dir) / f"documents-{fingerprint[:16]}.arrow"
+
+
+def by_rows(rows: Callable[..., Iterator[dict[str, str]]], column: str, files: Sequence[str], **arguments: Any) -> datasets.IterableDataset:
+    """A stream of `rows(files=..., column=..., **arguments)`, with one shard a file: a reader of some shards gets their files only."""
+    import datasets
+
+    features = datasets.Features({column: datasets.Value("large_string")})
+    return datasets.IterableDataset.from_generator(rows, features, gen_kwargs={"files": list(files), "column": column, **arguments})
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """No progress bars and no log lines of `datasets` meanwhile: what goes wrong is told by an error."""
+    import datasets
+
+    bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()
