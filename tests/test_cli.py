@@ -239,7 +239,7 @@ def test_every_model_in_every_layout_resolves_or_is_refused(composed):
 WHERE = {
     **{("data", name): ("data.path=notes",) for name in ("text", "jsonl", "parquet", "saved")},
     ("data", "hub"): ("data.name=owner/name",),
-    ("data", "mixture"): ("+data.mixture.a={source: python_docs, weight: 3}", "+data.mixture.b={source: text, path: notes, weight: 1}"),
+    ("data", "mixture"): ("+data.mixture={docs: {source: python_docs, weight: 3}, mine: {source: text, path: notes}}",),
 }
 """What an option leaves to the user."""
 

@@ -129,7 +129,7 @@ class HubSource:
 def open_hub(part: SourceConfig, prefix: str, split: str | None) -> HubSource:
     """The data set part.name; nothing is asked of the hub yet. Raises ConfigError for what cannot be a name there."""
     name, key = str(part.name), f"{prefix}.name"
-    if not part.name or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not part.name or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise refuse(key, part.name, "is no data set's name on the hub", f"use {key}=OWNER/NAME")
     if Path(name).exists():
         rule = f"is also a file or folder here ({Path.cwd()}), which datasets would read in its place"

@@ -92,7 +92,7 @@ class JsonlSource:
                             yield from enumerate(json.loads((line + file.read()).decode()), 1)
                             return
                     if line.strip():
-                        yield number, json.loads(line.decode())
+                        yield number, json.loads(line.rstrip(b"\r\n").decode())
         except UnicodeDecodeError as error:
             raise self._bad_file(path, f"whose row {number} is not UTF-8 text at byte {error.start} of it") from error
         except (ValueError, RecursionError) as error:
