@@ -142,7 +142,7 @@ def _check_name(group: str, name: str) -> None:
 def _check_mixture(data: DataConfig) -> None:
     if data.source == "mixture":
         if not data.mixture:
-            raise refuse("data.mixture", {}, "has no sources", "use data.mixture.NAME.source=... data.mixture.NAME.weight=...")
+            raise refuse("data.mixture", {}, "has no sources", "use +data.mixture='{NAME: {source: ..., weight: ...}, ...}'")
         if data.streaming:
             raise refuse("data.streaming", True, "reads one source, not a mixture", "use data.streaming=false, or one of the sources alone")
     elif data.mixture:

@@ -72,7 +72,7 @@ def test_a_shipped_config_reaches_load_dataset(
     hub: list, compose_data: Callable[..., DataConfig], tmp_path: Path, option: str, streaming: bool
 ) -> None:
     name, subset, val_split = SHIPPED[option]
-    held_out = ["data.val_fraction=0", *([] if val_split else ["data.val_documents=9"])] if streaming else []
+    held_out = ["data.val_fraction=0", "data.val_documents=9"] if streaming and val_split is None else []
     data = compose_data(f"data={option}", f"data.streaming={streaming}", *held_out)
     check_data(data)
     assert (data.val_split, data.tokenizer.name) == (val_split, "gpt2")

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import pickle
 from collections.abc import Callable
 from itertools import pairwise
@@ -247,10 +248,15 @@ def test_a_source_is_known_by_its_files_and_its_column(tmp_path: Path, write: Ca
     before = open_source(part).fingerprint()
     assert open_source(part).fingerprint() == before
     assert open_source(SourceConfig(part.source, path=part.path, text_column="id")).fingerprint() != before
+    (file,) = (tmp_path / "rows").iterdir()
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
     write("a", ["another", "size"])
-    changed = open_source(part).fingerprint()
+    os.utime(file, ns=times)
+    size = open_source(part).fingerprint()
+    os.utime(file, ns=(times[0], times[1] + 1))
+    time = open_source(part).fingerprint()
     write("b", ["more"])
-    assert len({before, changed, open_source(part).fingerprint()}) == 3
+    assert len({before, size, time, open_source(part).fingerprint()}) == 4
     source = open_source(part)
     assert source.label == f"{part.source} {tmp_path}/rows"
     assert loaded(source, tmp_path / "cache") == ["another", "size", "more"]

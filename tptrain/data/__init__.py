@@ -1,6 +1,7 @@
 """From text to the rows of a batch, in the order in which data flows:
 
-    sources      the documents of python_docs, a file, a folder or a glob; or random ids (memorize)
+    sources      where documents come from: text, jsonl, parquet, a saved folder, the hub, python_docs; memorize has none
+    documents    their texts, as rows of a memory-mapped `datasets.Dataset`
     tokenizers   text -> ids
     splits       which documents are held out for evaluation
     store        the ids on disk, memory-mapped: one folder that is whole or absent
