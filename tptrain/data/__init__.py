@@ -10,7 +10,7 @@
 Nothing here imports torch: a bad `data.path` is refused before anything slow begins.
 """
 
-from tptrain.data.build import prepare
+from tptrain.data.prepare import prepare
 from tptrain.data.sampler import Sampler, permute
 from tptrain.data.store import Split, StoreError, TokenStore
 from tptrain.data.tokenizers import ByteTokenizer, load_tokenizer

@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tptrain.config import DataConfig, refuse
+from tptrain.data.documents import Documents
+from tptrain.data_config import SourceConfig
 
 _TEXT_SUFFIXES = (".txt", ".md")
 _NOT_DOCS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
@@ -97,6 +99,18 @@ class Source:
         for name, row in zip(self.names(), dataset, strict=True):
             yield name, row["text"]
 
+    column = "text"
+
+    def load(self, cache_dir: Path) -> Documents:
+        """The documents. Raises ConfigError for a file that is not UTF-8 text."""
+        from tptrain.data.documents import write_documents
+
+        checked = self.checked()
+        texts = [(self.base / name).read_bytes().decode("utf-8") for name in checked.files]
+        dataset = write_documents(texts + [text for _, text in sorted(self._topics().items())], "text", cache_dir / "documents.arrow")
+        names = tuple(checked.names())
+        return Documents(dataset, "text", names, names.__getitem__)
+
     def _topics(self) -> dict[str, str]:
         """The texts that `help("...")` shows, by topic."""
         if self.label != "python_docs":
@@ -106,6 +120,11 @@ class Source:
         except ImportError:
             return {}
         return dict(topics)
+
+
+def open_source(part: SourceConfig, prefix: str = "data", split: str | None = None) -> Source:
+    """The source that `part` names."""
+    return list_source(part)  # type: ignore[arg-type]
 
 
 def list_source(data: DataConfig) -> Source:
