@@ -11,6 +11,7 @@ builders wait for the first and use what that one made; it is the kernel's, and 
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -18,6 +19,8 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +56,8 @@ def build_store(
     builder = _Builder(part, source, tokenizer, data, val_fraction, report, folder, fingerprint)
     if not builder.is_there():
         builder.make()
+    elif builder.leftovers() or builder.lock.exists():
+        builder.clear()
     return folder
 
 
@@ -77,6 +82,9 @@ class _Builder:
         self.found: Found | None = None
         """The store that is there; under the lock nobody else changes it."""
         self.building = folder.parent / f".building-{folder.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.lock = folder.with_name(f".{folder.name}.lock")
+        self.made = self.building / "store"
+        """What is renamed at the end; beside it is what only the building needs."""
 
     def is_there(self) -> bool:
         """Whether the store is there, whole; says so."""
@@ -90,18 +98,30 @@ class _Builder:
         """Build or repair it, or wait for the process that does."""
         with Space(self.data.store_dir, self.folder.parent) as space:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = self.folder.with_name(f".{self.folder.name}.lock")
-            with locked(lock, lambda: self.report(f"waiting for another process that builds {self.folder}")) as alone:
+            with locked(self.lock, lambda: self.report(f"waiting for another process that builds {self.folder}")) as alone:
+                if alone:
+                    self._remove_leftovers()
                 if self.is_there():
                     return  # another builder was first
-                if alone:
-                    for stale in self.folder.parent.glob(f".building-{self.folder.name}-*"):
-                        shutil.rmtree(stale, ignore_errors=True)  # of builders that died
                 try:
-                    self.building.mkdir()
+                    self.made.mkdir(parents=True)
                     self._make(space)
                 finally:
                     shutil.rmtree(self.building, ignore_errors=True)
+
+    def leftovers(self) -> list[Path]:
+        """Hidden folders of builders that died, or of one that is at work."""
+        return list(self.folder.parent.glob(f".building-{glob.escape(self.folder.name)}-*"))
+
+    def clear(self) -> None:
+        """Remove what a builder left that died when it had all but finished."""
+        with suppress(OSError), locked(self.lock, lambda: None) as alone:  # of a folder that others own
+            if alone:
+                self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        for folder in self.leftovers():
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _make(self, space: Space) -> None:
         started = time.perf_counter()
@@ -110,15 +130,15 @@ class _Builder:
         if self.source is None or self.tokenizer is None:
             meta = self._memorize()
         else:
-            with space.loading(self.building):
+            with space.loading(self.building / "cache"):
                 documents = self.source.load(self.building / "cache")
-            work = Work(documents, self.tokenizer, hold_out(len(documents), documents.names, self.val_fraction), self.building)
-            if self.found and repair(self.found, work, self.data.num_proc, self.report, space):
+            work = Work(documents, self.tokenizer, hold_out(len(documents), documents.names, self.val_fraction), self.made)
+            if self.found and repair(self.found, replace(work, folder=self.building / "repair"), self.data.num_proc, self.report, space):
                 return
             self.report(f"tokenising {self.source.label}: {len(documents)} document{'s' * (len(documents) != 1)}")
             meta = self._tokenise(work, plan(documents), space)
         shutil.rmtree(self.building / "cache", ignore_errors=True)
-        write_meta(self.building, meta)
+        write_meta(self.made, meta)
         self._install()
         seconds = time.perf_counter() - started
         self.report(f"{short(meta.tokens)} tokens in {seconds:.1f} s -> {self.folder}")
@@ -130,9 +150,9 @@ class _Builder:
         splits = {}
         for split in SPLITS:
             of_split = tuple(written[split] for written in shards if split in written)
-            splits[split] = SplitMeta(_write_offsets(self.building, split, of_split), of_split)
-        work.tokenizer.save(self.building)
-        path = self.building / "tokenizer.json"
+            splits[split] = SplitMeta(_write_offsets(self.made, split, of_split), of_split)
+        work.tokenizer.save(self.made)
+        path = self.made / "tokenizer.json"
         others = (write_summed(path, path.read_bytes()),) if path.exists() else ()
         return Meta(self.fingerprint, self.part.source, work.tokenizer.name, work.tokenizer.vocab_size, work.tokenizer.end_of_document,
                     splits, others)  # fmt: skip
@@ -143,23 +163,21 @@ class _Builder:
         self.report(f"drawing memorize: {self.part.num_sequences} sequences")
         splits = {}
         for split in SPLITS:
-            note = write_summed(self.building / shard_name(split, 0), ids.tobytes())
-            offsets = write_summed(self.building / f"{split}.offsets", np.array([0, len(ids)], dtype="<i8").tobytes())
+            note = write_summed(self.made / shard_name(split, 0), ids.tobytes())
+            offsets = write_summed(self.made / f"{split}.offsets", np.array([0, len(ids)], dtype="<i8").tobytes())
             splits[split] = SplitMeta(offsets, (Shard(note, len(ids), 1, 0, 1),))
         return Meta(self.fingerprint, self.part.source, None, self.part.vocab_size, None, splits)
 
     def _install(self) -> None:
         """Rename the finished folder into place; what is there is damaged."""
-        sync_folder(self.building)
+        sync_folder(self.made)
         try:
-            os.rename(self.building, self.folder)
+            os.rename(self.made, self.folder)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
-            damaged = self.building.with_name(self.building.name + "-damaged")
-            os.rename(self.folder, damaged)
-            os.rename(self.building, self.folder)
-            shutil.rmtree(damaged, ignore_errors=True)
+            os.rename(self.folder, self.building / "damaged")
+            os.rename(self.made, self.folder)
         sync_folder(self.folder.parent)
 
 

@@ -61,7 +61,7 @@ def find(folder: Path, fingerprint: str) -> Found | None:
 def repair(found: Found, work: Work, num_proc: Any, report: Callable[[str], None], space: Space) -> bool:
     """Make the damaged shards again; False where all must be built anew, as another file is damaged or the text has changed.
 
-    work: with a folder for new files, on the same file system as the store.
+    work: with a folder that is not there yet, on the same file system as the store.
     """
     names = {damage.path.name.removesuffix(".sums") for damage in found.damages}
     every = sorted({(shard.first, shard.last) for shard in found.meta.shards})
@@ -69,7 +69,6 @@ def repair(found: Found, work: Work, num_proc: Any, report: Callable[[str], None
         return False
     damaged = {(shard.first, shard.last) for shard in found.meta.shards if shard.file.name in names}
     ranges = [Range(number, *ends) for number, ends in enumerate(every) if ends in damaged]
-    work = replace(work, folder=work.folder / "repair")
     work.folder.mkdir()
     with BuildProgress(found.meta.source, sum(part.text_bytes(work.documents) for part in ranges)) as progress:
         space.progress = progress
