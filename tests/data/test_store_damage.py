@@ -147,7 +147,9 @@ def test_meta_with_a_changed_digit(source: RowSource, tmp_path: Path) -> None:
     (folder / "meta.json").write_text(meta.replace('"vocab_size": 257', '"vocab_size": 258'))
     with pytest.raises(StoreError, match=r"meta\.json is damaged"):
         TokenStore.open(folder)
-    build(source, tmp_path)
+    lines: list[str] = []
+    build(source, tmp_path, report=lines.append)
+    assert lines[0] == f"{folder}/meta.json is missing or damaged: making all of the store anew"
     assert contents(folder) == before
     assert TokenStore.open(folder).vocab_size == 257
 

@@ -3,8 +3,10 @@
     sources      the documents of python_docs, a file, a folder or a glob; or random ids (memorize)
     tokenizers   text -> ids
     splits       which documents are held out for evaluation
-    store        the ids on disk, memory-mapped: one folder that is whole or absent
-    build        `prepare`: refuse, find or build the store; once, before ranks start
+    shards       a range of documents -> files of ids; in several processes by `tokenise` and `workers`
+    build        `build_store`: find the store of a source or make it, once; `repair` for one that is damaged
+    store        the ids on disk, memory-mapped (`tokens`): one folder that is whole or absent
+    prepare      `prepare`: refuse, find or build the store; once, before ranks start
     sampler      `Sampler`: which window of the store is sample number g of the run
 
 Nothing here imports torch: a bad `data.path` is refused before anything slow begins.

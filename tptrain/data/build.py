@@ -127,6 +127,8 @@ class _Builder:
         started = time.perf_counter()
         for damage in self.found.damages if self.found else ():
             self.report(f"{damage}: making it anew")
+        if self.found is None and self.folder.exists():
+            self.report(f"{self.folder}/meta.json is missing or damaged: making all of the store anew")
         if self.source is None or self.tokenizer is None:
             meta = self._memorize()
         else:
@@ -151,9 +153,9 @@ class _Builder:
         for split in SPLITS:
             of_split = tuple(written[split] for written in shards if split in written)
             splits[split] = SplitMeta(_write_offsets(self.made, split, of_split), of_split)
+        ours = set(self.made.iterdir())
         work.tokenizer.save(self.made)
-        path = self.made / "tokenizer.json"
-        others = (write_summed(path, path.read_bytes()),) if path.exists() else ()
+        others = tuple(write_summed(path, path.read_bytes()) for path in sorted(set(self.made.iterdir()) - ours))
         return Meta(self.fingerprint, self.part.source, work.tokenizer.name, work.tokenizer.vocab_size, work.tokenizer.end_of_document,
                     splits, others)  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 Sizes and times of the files are compared at every start. Where one is another, or a reader left the mark, every checksum is.
 A shard is made again from its range of documents, and takes the damaged one's place only if it is that very shard, by its
-checksum. The mark stays until all is replaced, so that a repair that dies is begun again.
+checksum. The times that meta.json notes and the mark change last, so that a repair that dies is begun again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tptrain.data.shards import Range, Work
 from tptrain.data.space import Space
 from tptrain.data.tokenise import tokenise
 from tptrain.data.tokens import MARK
-from tptrain.files import sync_folder, write_atomically
+from tptrain.files import sync_folder
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,6 @@ def repair(found: Found, work: Work, num_proc: Any, report: Callable[[str], None
 
 def _replace(found: Found, folder: Path, made: dict[str, FileNote]) -> None:
     """Put the files that were made in `folder` in the place of the store's own."""
-    write_atomically(found.folder / MARK, b"repair\n")
     for name in made:
         for path in (folder / name, sums_path(folder / name)):
             os.replace(path, found.folder / path.name)
