@@ -27,6 +27,7 @@ bench: $(READY)  ## Measure speed; results print as ratios
 	$(BIN)/python -m benchmarks.tensor_parallel
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.pipeline_overhead
+	$(BIN)/python -m benchmarks.tokenising
 
 clean:  ## Remove .venv, caches and tokenised data; runs stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist outputs/token_stores

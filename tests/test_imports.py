@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "data_config": {"config_error"},
     "config": {"config_error", "data_config"},
     "files": set(),
+    "lifeline": set(),
     # the numeric rooms
     "mesh": {"config"},
     "tensor_parallel": {"mesh"},
@@ -33,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "plot_config": {"config"},
     "plan": {"config", "model", "pipeline"},
     # around them
-    "data": {"config", "config_error", "data_config", "files"},
+    "data": {"config", "config_error", "data_config", "files", "lifeline"},
     "checkpoint": {"model", "mesh", "config", "files"},
     "monitor": {"config", "files", "pipeline"},
     # from a command to running ranks
@@ -42,7 +43,19 @@ ALLOWED: dict[str, set[str]] = {
     "roll_call": set(),
     "host_memory": set(),
     "refusal": {"config", "job"},
-    "ranks": {"config", "failures", "generate_config", "host_memory", "job", "monitor", "roll_call", "train", "check", "generate"},
+    "ranks": {
+        "config",
+        "failures",
+        "generate_config",
+        "host_memory",
+        "job",
+        "lifeline",
+        "monitor",
+        "roll_call",
+        "train",
+        "check",
+        "generate",
+    },
     "launch": {"checkpoint", "config", "data", "failures", "job", "plan", "ranks"},
     "verdict": set(),
     "prove": {"config", "data", "failures", "files", "job", "launch", "verdict"},
@@ -116,7 +129,7 @@ def test_the_parser_sees_imports() -> None:
 
 
 BEFORE_RANKS = {"config", "generate_config", "files", "data", "job", "failures", "refusal", "launch", "ranks", "answer", "plan", "cli"}
-BEFORE_RANKS |= {"monitor", "plot", "plot_config"}
+BEFORE_RANKS |= {"lifeline", "monitor", "plot", "plot_config"}
 
 
 def test_no_torch_before_the_ranks_start() -> None:
@@ -151,6 +164,8 @@ def environment_lines(path: Path) -> list[str]:
 def test_only_launch_reads_the_environment() -> None:
     touching = {str(path.relative_to(PACKAGE)): lines for path in MODULES if (lines := environment_lines(path))}
     assert touching.pop("launch.py")
+    quiet = ['os.environ["TOKENIZERS_PARALLELISM"] = "false"']
+    assert touching.pop("data/workers.py") == quiet, "the tokenizers library can be told no other way"
     assert touching.pop("cli.py", []) in ([], ['os.environ["HYDRA_FULL_ERROR"] = "1"']), "Hydra can be told no other way"
     assert not touching, "the config is the only thing that a rank is told by"
 

@@ -24,7 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tptrain import failures
+from tptrain import failures, lifeline
 from tptrain.config import Config
 from tptrain.generate_config import GenerateConfig
 from tptrain.host_memory import keep_freed_memory
@@ -154,14 +154,7 @@ def die_with_parent(started_by: int | None = None) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = os.getppid()
-    if sys.platform == "linux":
-        import ctypes
-
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
-        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != (started_by or parent):  # it died before we asked
-        os._exit(1)
+    lifeline.die_with_parent(started_by)
 
 
 def write_status(run_dir: Path, state: str, error: str | None = None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tptrain.config import Config
 from tptrain.data.sampler import Sampler
+from tptrain.data.tokens import Tokens
 from tptrain.mesh import Mesh
 from tptrain.model.gpt import GPTStage
 from tptrain.optim.grad_norm import clip_scale, scale_gradients, squared_norm
@@ -66,7 +67,7 @@ class StepResult:
 class Trainer:
     """This rank's share of the model, with its optimizer, its pipeline engine and its data."""
 
-    def __init__(self, config: Config, mesh: Mesh, train_tokens: np.ndarray, val_tokens: np.ndarray) -> None:
+    def __init__(self, config: Config, mesh: Mesh, train_tokens: np.ndarray | Tokens, val_tokens: np.ndarray | Tokens) -> None:
         """config: resolved. train_tokens, val_tokens: one-dimensional ids; only the ranks of the first and last stage read them."""
         self.config, self.mesh = config, mesh
         self.dtype = DTYPES[config.train.precision]

@@ -30,7 +30,7 @@ def documents() -> Callable[[Split], list[list[int]]]:
     """documents(split): each document's ids, cut at the offsets."""
 
     def read(split: Split) -> list[list[int]]:
-        tokens = split.tokens.tolist()
+        tokens = split.tokens[:].tolist()
         return [tokens[start:end] for start, end in zip(split.offsets[:-1], split.offsets[1:], strict=True)]
 
     return read

@@ -26,8 +26,8 @@ def test_store_has_num_sequences_samples_in_each_split(make_config: Callable[...
     config = make_config("memorize", seq_len=32, num_sequences=100, vocab_size=vocab_size, model_vocab_size=vocab_size)
     store = TokenStore.open(prepare(config))
     assert store.train.tokens.dtype == dtype
-    assert store.train.tokens.tolist() == random_tokens(100 * 32 + 1, vocab_size).tolist()
-    assert np.array_equal(store.val.tokens, store.train.tokens)
+    assert store.train.tokens[:].tolist() == random_tokens(100 * 32 + 1, vocab_size).tolist()
+    assert np.array_equal(store.val.tokens[:], store.train.tokens[:])
     assert Sampler(store.train.tokens, 32, seed=1).samples_per_epoch == 100
     assert (store.tokenizer, store.end_of_document, store.vocab_size, store.train.num_documents) == (None, None, vocab_size, 1)
 

@@ -162,7 +162,7 @@ def test_store_dir_that_cannot_be_made(make_config: Callable[..., Config], text:
 def test_a_finished_store_is_found_not_built(make_config: Callable[..., Config], text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config("text", path=str(text))
     folder = prepare(config)
-    monkeypatch.setattr(tptrain.data.build, "StoreWriter", None)  # building would fail
+    monkeypatch.setattr(tptrain.data.build, "locked", None)  # building would fail
     lines: list[str] = []
     assert prepare(config, lines.append) == folder
     assert lines == [f"text: 210 tokens in {folder}"]
@@ -191,7 +191,8 @@ def test_a_store_is_named_by_its_fingerprint(make_config: Callable[..., Config],
     assert folder.is_absolute()
     assert re.fullmatch("[0-9a-f]{64}", store.fingerprint)
     assert folder.name == f"text-{store.fingerprint[:16]}"
-    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "train.offsets", "train.tokens", "val.offsets", "val.tokens"]
+    data = ["train-00000.tokens", "train.offsets", "val-00000.tokens", "val.offsets"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["meta.json", *data, *(f"{name}.sums" for name in data)])
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove meta", "remove tokens", "format", "fingerprint", "no json"])
@@ -202,11 +203,11 @@ def test_a_damaged_store_is_built_anew(
     folder = prepare(config)
     meta = json.loads((folder / "meta.json").read_text())
     if damage == "truncate":
-        os.truncate(folder / "train.tokens", 100)
+        os.truncate(folder / "train-00000.tokens", 100)
     elif damage == "remove meta":
         (folder / "meta.json").unlink()
     elif damage == "remove tokens":
-        (folder / "val.tokens").unlink()
+        (folder / "val-00000.tokens").unlink()
     elif damage == "no json":
         (folder / "meta.json").write_text("[")
     else:
@@ -255,7 +256,7 @@ def test_building_writes_only_the_store_and_prints_only_the_report(text: Path, t
     built = run(home, str(text), str(stores))
     (folder,) = stores.iterdir()
     first, second, imported = built.stdout.splitlines()
-    assert first == "tokenising text: 10 documents"
+    assert first == f"tokenising text {text}: 10 documents"
     assert re.fullmatch(rf"210 tokens in \d+\.\d s -> {re.escape(str(folder))}", second)
     assert imported == "datasets"
     assert built.stderr == ""

@@ -4,14 +4,16 @@
     documents    their texts, as rows of a memory-mapped `datasets.Dataset`
     tokenizers   text -> ids
     splits       which documents are held out for evaluation
-    store        the ids on disk, memory-mapped: one folder that is whole or absent
-    build        `prepare`: refuse, find or build the store; once, before ranks start
+    shards       a range of documents -> files of ids; in several processes by `tokenise` and `workers`
+    build        `build_store`: find the store of a source or make it, once; `repair` for one that is damaged
+    store        the ids on disk, memory-mapped (`tokens`): one folder that is whole or absent
+    prepare      `prepare`: refuse, find or build the store; once, before ranks start
     sampler      `Sampler`: which window of the store is sample number g of the run
 
 Nothing here imports torch: a bad `data.path` is refused before anything slow begins.
 """
 
-from tptrain.data.build import prepare
+from tptrain.data.prepare import prepare
 from tptrain.data.sampler import Sampler, permute
 from tptrain.data.store import Split, StoreError, TokenStore
 from tptrain.data.tokenizers import ByteTokenizer, load_tokenizer

@@ -20,6 +20,8 @@ from typing import overload
 
 import numpy as np
 
+from tptrain.data.tokens import Tokens
+
 _ROUNDS = 8
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -32,7 +34,7 @@ class Sampler:
     The last (n - 1) % seq_len tokens fill no window and are not read. Raises ValueError where there is not one window.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, seed: int | None) -> None:
+    def __init__(self, tokens: np.ndarray | Tokens, seq_len: int, seed: int | None) -> None:
         self.samples_per_epoch = (len(tokens) - 1) // seq_len
         if self.samples_per_epoch < 1:
             raise ValueError(f"{len(tokens)} tokens are fewer than one window of seq_len + 1 = {seq_len + 1}")
