@@ -144,7 +144,7 @@ def _run(
     device = own_device(config.hardware.device)
     mesh = build_mesh(config.parallel, device, config.launch.timeout_seconds)
     store = TokenStore.open(store_dir)
-    trainer = Trainer(config, mesh, store.train.tokens, store.val.tokens)
+    trainer = Trainer(config, mesh, store.train.tokens, store.val.tokens, store.end_of_document)
     measured: dict[str, list[float]] = {"loss": [], "grad_norm": []}
     look("start", 0, _whole(trainer.share, gradients=False))
     for step in range(1, config.check.steps + 1):

@@ -31,7 +31,7 @@ def train(config: Config, run_dir: Path, store_dir: Path) -> float | None:
     device = own_device(config.hardware.device)
     mesh = build_mesh(config.parallel, device, config.launch.timeout_seconds)
     store = TokenStore.open(store_dir)
-    trainer = Trainer(config, mesh, store.train.tokens, store.val.tokens)
+    trainer = Trainer(config, mesh, store.train.tokens, store.val.tokens, store.end_of_document)
     resume(trainer, run_dir)
     max_steps = config.train.max_steps
     report = Report(config, mesh, trainer, run_dir, store)

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tptrain.config import Config
+from tptrain.config import Config, refuse
 from tptrain.data.sampler import Sampler
 from tptrain.data.tokens import Tokens
 from tptrain.mesh import Mesh
+from tptrain.model.documents import RowDocuments, targets_within
 from tptrain.model.gpt import GPTStage
 from tptrain.optim.grad_norm import clip_scale, scale_gradients, squared_norm
 from tptrain.optim.lr_schedules import learning_rate
@@ -67,8 +68,22 @@ class StepResult:
 class Trainer:
     """This rank's share of the model, with its optimizer, its pipeline engine and its data."""
 
-    def __init__(self, config: Config, mesh: Mesh, train_tokens: np.ndarray | Tokens, val_tokens: np.ndarray | Tokens) -> None:
-        """config: resolved. train_tokens, val_tokens: one-dimensional ids; only the ranks of the first and last stage read them."""
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        train_tokens: np.ndarray | Tokens,
+        val_tokens: np.ndarray | Tokens,
+        end_of_document: int | None = None,
+    ) -> None:
+        """config: resolved. train_tokens, val_tokens: one-dimensional ids; only the ranks of the first and last stage read them, with
+        data.document_mask all do. end_of_document: the id that ends each document. Raises ConfigError where the mask needs it.
+        """
+        if config.data.document_mask and end_of_document is None:
+            rule = "needs an id that ends documents, and the data has none"
+            raise refuse("data.document_mask", True, rule, "use data.document_mask=false")
+        self.separator = end_of_document if config.data.document_mask else None
+        self.documents: list[RowDocuments] | None = None  # of the micro-batches read last, where they are kept apart
         self.config, self.mesh = config, mesh
         self.dtype = DTYPES[config.train.precision]
         schedule = schedule_of(config)
@@ -130,12 +145,13 @@ class Trainer:
 
     def _run_stage(self, stage: GPTStage, x: Tensor, targets: Tensor | None, micro_batch: int) -> Tensor:
         """A stage as the engine calls it: in training with the numbers of the samples that dropout belongs to."""
+        documents = self.documents[micro_batch] if self.documents else None
         if not stage.training:
-            return stage(x, targets)
+            return stage(x, targets, documents=documents)
         rows = self.config.batch_size // self.mesh.dp_size
         first = self.samples_done + self.mesh.dp_rank * rows + micro_batch * self.config.parallel.micro_batch_size
         stream = Stream(self.config.seed, first) if self.config.model.dropout else None
-        return stage(x, targets, stream, self.config.train.label_smoothing)
+        return stage(x, targets, stream, self.config.train.label_smoothing, documents)
 
     def _totals(self, loss: Tensor, tokens: Tensor) -> Tensor:
         """Squared gradient norm, summed loss and tokens of the whole job, fp64 [3]: one all-reduce over all ranks."""
@@ -174,6 +190,7 @@ class Trainer:
     def sample(self, prompt: list[int], count: int, end: int, temperature: float = 0.8) -> list[int]:
         """Up to `count` tokens that follow `prompt`, ended by token `end`; the same on every rank."""
         self.share.begin(training=False)
+        self.documents = None  # the prompt and what follows it are one
         generator = torch.Generator().manual_seed(self.config.seed)
         tokens = list(prompt)
         actions = with_transfers(forward_only(self.ranks, 1))[self.mesh.pp_rank]
@@ -210,9 +227,10 @@ class Trainer:
         """Inputs and targets of this dp rank's share of the global batch that starts at sample `first`.
 
         Two lists of [micro_batch_size, seq_len], or None on ranks that read no data. Samples from `limit` on are
-        stand-ins whose targets count for nothing.
+        stand-ins whose targets count for nothing. With data.document_mask every stage needs the documents, which are left in
+        `documents`.
         """
-        if not (self.share.is_first or self.share.is_last):
+        if not (self.share.is_first or self.share.is_last or self.separator is not None):
             return None, None
         rows = (self.config.batch_size) // self.mesh.dp_size
         first += rows * self.mesh.dp_rank
@@ -223,4 +241,7 @@ class Trainer:
         broadcast_from_first([batch], self.mesh.tp_group)
         size = self.config.parallel.micro_batch_size
         inputs, targets = batch[:, :-1].clamp(min=0), batch[:, 1:]
+        if self.separator is not None:
+            targets = targets_within(inputs, targets, self.separator)
+            self.documents = [RowDocuments.of(rows, self.separator) for rows in inputs.split(size)]
         return list(inputs.split(size)), list(targets.split(size))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tptrain.config import ModelConfig
+from tptrain.model.documents import Apart, attend
 from tptrain.model.recompute import remade
 from tptrain.model.rotary import Rotation, rotate
 from tptrain.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, SharedColumnLinear, fan_out
@@ -38,28 +38,33 @@ class Attention(nn.Module):
         )
         self.out = RowParallelLinear(hidden, hidden, model.bias, tp, device, sequence_parallel=sequence_parallel)
 
-    def forward(self, x: Tensor, turn: Rotation | None = None, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation | None = None, stream: Stream | None = None, apart: Apart | None = None) -> Tensor:
         """x: [b, s, h], equal on all tp ranks -> the same; under sequence parallelism [b, s/tp, h], this rank's part.
 
-        turn: what rotary positions turn q and k by. stream: of this place, in training.
+        turn: what rotary positions turn q and k by. stream: of this place, in training. apart: of the documents, which then attend
+        to themselves alone; with dropout a mask.
         """
         q, k, v = (self.split_heads(y) for y in fan_out(x, [self.q, self.k, self.v]))
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
         if self.dropout and stream is not None:
-            attend = self.attend_with_dropout
-            y = remade(attend, q, k, v, stream) if self.recompute else attend(q, k, v, stream)
+            dropping = self.attend_with_dropout
+            y = remade(dropping, q, k, v, stream, apart) if self.recompute else dropping(q, k, v, stream, apart)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            y = attend(q, k, v, apart)
         return self.out(y.transpose(1, 2).flatten(2))  # [b, heads/tp, s, d] -> [b, s, h/tp]
 
-    def attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, stream: Stream) -> Tensor:
+    def attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, stream: Stream, mask: Tensor | None) -> Tensor:
         """Attention whose weights exist as a matrix [b, heads/tp, s, s], as the masks belong to heads and not to a kernel."""
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_size)
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+        if mask is None:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(future, -torch.inf)
+        else:
+            scores = scores + mask
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
         return dropout_heads(weights, self.dropout, stream, self.first_head) @ v
 
     def split_heads(self, x: Tensor) -> Tensor:

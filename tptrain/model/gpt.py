@@ -19,13 +19,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tptrain.config import ModelConfig
 from tptrain.model.attention import Attention
+from tptrain.model.documents import Apart, RowDocuments
 from tptrain.model.mlp import MLP
 from tptrain.model.norm import NORMS
 from tptrain.model.recompute import forgetting, remade
 from tptrain.model.rotary import Rotation, rotation
 from tptrain.tensor_parallel.collectives import SEQUENCE, copy_to_group, gather_from_sequence
 from tptrain.tensor_parallel.cross_entropy import Vocabulary, chunked_cross_entropy, vocab_parallel_cross_entropy
-from tptrain.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding, head_of
+from tptrain.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding, head_of, look_up
 from tptrain.tensor_parallel.linear import column_linears
 from tptrain.tensor_parallel.parameter import LabelledModule, labelled_parameter
 from tptrain.tensor_parallel.random import Stream, dropout
@@ -57,16 +58,16 @@ class Block(nn.Module):
         self.mlp_norm = NORMS[model.norm](model, tp, device, sequence)
         self.mlp = MLP(model, tp, device, sequence, selective)
 
-    def forward(self, x: Tensor, turn: Rotation | None = None, stream: Stream | None = None) -> Tensor:
-        """x: [b, s, h] -> the same; under sequence parallelism [b, s/tp, h]. turn and stream: see `Attention`."""
-        return remade(self.run, x, turn, stream) if self.recompute == "full" else self.run(x, turn, stream)
+    def forward(self, x: Tensor, turn: Rotation | None = None, stream: Stream | None = None, apart: Apart | None = None) -> Tensor:
+        """x: [b, s, h] -> the same; under sequence parallelism [b, s/tp, h]. turn, stream and apart: see `Attention`."""
+        return remade(self.run, x, turn, stream, apart) if self.recompute == "full" else self.run(x, turn, stream, apart)
 
-    def run(self, x: Tensor, turn: Rotation | None, stream: Stream | None) -> Tensor:
+    def run(self, x: Tensor, turn: Rotation | None, stream: Stream | None, apart: Apart | None) -> Tensor:
         """The block itself."""
         attention_stream, mlp_stream = (stream.at("attention"), stream.at("mlp")) if stream else (None, None)
         normed, before = self.attention_norm(x), x.detach()
         with forgetting(normed, lambda: self.attention_norm(before), self.recompute == "selective"):
-            y = self.attention(normed, turn, attention_stream)
+            y = self.attention(normed, turn, attention_stream, apart)
         x = x + dropout(y, self.dropout, attention_stream, self.sequence_group)
         normed, between = self.mlp_norm(x), x.detach()
         with forgetting(normed, lambda: self.mlp_norm(between), self.recompute == "selective"):
@@ -84,9 +85,12 @@ class Positions(LabelledModule):
         if sequence_parallel:
             self.partial_gradients = ("weight",)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [b, s, h] -> x plus the embedding of each position."""
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """x: [b, s, h] -> x plus the embedding of each position. positions: of the whole sequence [b, s], where rows have their own."""
         first = self.part_of_sequence * x.shape[SEQUENCE]
+        if positions is not None:
+            own = positions[:, first : first + x.shape[SEQUENCE]]
+            return x + look_up(self.weight, self.values("weight"), own).to(x.dtype)
         return x + self.part("weight")[first : first + x.shape[SEQUENCE]].to(x.dtype)
 
 
@@ -124,35 +128,47 @@ class GPTStage(nn.Module):
             if not model.tie_embeddings:
                 self.head = ColumnParallelLinear(model.hidden_size, model.vocab_size, False, tp, device, sequence_parallel=sequence)
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, stream: Stream | None = None, label_smoothing: float = 0.0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        targets: Tensor | None = None,
+        stream: Stream | None = None,
+        label_smoothing: float = 0.0,
+        documents: RowDocuments | None = None,
+    ) -> Tensor:
         """Run the stage.
 
         x: token ids [b, s] on the first stage, else the activations [b, s, h] of the stage before.
         targets: [b, s], on the last stage in training and evaluation. stream: what dropout draws from; None: no dropout.
+        documents: the micro-batch's, where they are to be kept apart; on every stage. None: a row is one document.
         Returns activations [b, s, h]; on the last stage the summed loss in nats (fp32 scalar), or without targets
         this rank's logits [b, s, vocab/tp]. Under sequence parallelism activations are [b, s/tp, h].
         """
         if self.is_first:
-            x = self.embed(x, stream)
-        turn = self.rotation(x)
+            x = self.embed(x, stream, documents)
+        turn, apart = self.rotation(x, documents), None
+        if documents is not None:
+            apart = documents.apart(x.dtype, self.model.head_size, as_mask=self.model.dropout > 0 and stream is not None)
         for name, block in self.layers.items():
-            x = block(x, turn, stream.at(f"layers.{name}") if stream else None)
+            x = block(x, turn, stream.at(f"layers.{name}") if stream else None, apart)
         if not self.is_last:
             return x
         x = self.final_norm(x)
         return self.logits(x) if targets is None else self.loss(x, targets, label_smoothing)
 
-    def embed(self, tokens: Tensor, stream: Stream | None = None) -> Tensor:
+    def embed(self, tokens: Tensor, stream: Stream | None = None, documents: RowDocuments | None = None) -> Tensor:
         """tokens: [b, s] -> activations [b, s, h], or [b, s/tp, h] under sequence parallelism."""
         x = self.embedding(tokens)
         if self.model.position == "learned":
-            x = self.positions(x)
+            x = self.positions(x, documents.positions if documents else None)
         return dropout(x, self.model.dropout, stream.at("embedding") if stream else None, self.sequence_group)
 
-    def rotation(self, x: Tensor) -> Rotation | None:
-        """What the blocks turn q and k by, for activations x that begin the sequence."""
+    def rotation(self, x: Tensor, documents: RowDocuments | None = None) -> Rotation | None:
+        """What the blocks turn q and k by, for activations x that begin the sequence, or with the positions of `documents`."""
         if self.model.position != "rope":
             return None
+        if documents is not None:
+            return rotation(documents.positions.unsqueeze(1), self.model.head_size, self.model.rope_theta)
         length = x.shape[SEQUENCE] * (self.sequence_group.size() if self.sequence_group else 1)
         return rotation(torch.arange(length, device=x.device), self.model.head_size, self.model.rope_theta)
 

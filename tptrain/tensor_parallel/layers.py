@@ -173,8 +173,17 @@ class VocabParallelEmbedding(LabelledModule):
         if self.group.size() > 1:
             elsewhere = ((tokens < self.start) | (tokens >= self.stop)).unsqueeze(-1)
             tokens = (tokens - self.start).clamp(0, max(0, self.stop - self.start - 1))
-        rows = _LookUp.apply(self.weight, self.values("weight"), tokens, elsewhere)
+        rows = look_up(self.weight, self.values("weight"), tokens, elsewhere)
         return (reduce_scatter_to_sequence if self.sequence_parallel else reduce_from_group)(rows, self.group)
+
+
+def look_up(parameter: Tensor, values: Tensor, indices: Tensor, elsewhere: Tensor | None = None) -> Tensor:
+    """Rows of this rank's part of a table, [b, s] int64 -> [b, s, h]; zeros where `elsewhere`, bool [b, s, 1].
+
+    values: of the part, in the dtype to compute in. Forward: no communication. Backward: adds to `parameter`'s gradient; none.
+    """
+    rows: Tensor = _LookUp.apply(parameter, values, indices, elsewhere)
+    return rows
 
 
 class _LookUp(torch.autograd.Function):
