@@ -63,6 +63,7 @@ LLAMA_SGD = LLAMA | {"optimizer__name": "sgd", "optimizer__lr": 0.5, "optimizer_
 MQA_SGD = LLAMA_SGD | {"model__num_kv_heads": 1, "model__bias": True}
 DROPOUT = {"model__dropout": 0.1}
 SMOOTHED = {"train__label_smoothing": 0.1, "train__loss_chunk_tokens": 12}
+APART = {"data__document_mask": True, "data__source": "python_docs"}  # a source that has documents; its text is not read
 SP = {"sequence_parallel": True}
 LAYOUTS = [
     {"tp": 2}, {"tp": 4}, {"dp": 2}, {"tp": 2, "dp": 2},
@@ -94,6 +95,9 @@ CASES = [
     Case({"tp": 2, "dp": 2, "recompute": "full"} | SP, DROPOUT | SHALLOW_SGD),
     Case({"pp": 2, "micro_batch_size": 1}, DROPOUT | SHALLOW_SGD),
     Case({"tp": 4, "recompute": "selective"}, DROPOUT | LLAMA_SGD),
+    # documents kept apart
+    Case({"tp": 2}, APART | SHALLOW_SGD), Case({"tp": 2, "pp": 2, "dp": 2} | SP, APART | SHALLOW_SGD),
+    Case({"dp": 2, "recompute": "full"}, APART | DROPOUT | LLAMA_SGD), Case({"tp": 2, "pp": 2} | SP, APART | DROPOUT | LLAMA_SGD),
 ]  # fmt: skip
 
 
@@ -110,7 +114,7 @@ def train_case(rank: int, cases: list[tuple[str, Any]], half: int = STEPS // 2) 
         tokens = skewed_tokens(4000, config.model.vocab_size)
         if name.endswith(",ignored"):
             tokens[(np.arange(4000) // 11) % 4 == 0] = IGNORE_INDEX
-        trainer = Trainer(config, mesh, tokens[:3000], tokens[3000:])
+        trainer = Trainer(config, mesh, tokens[:3000], tokens[3000:], end_of_document=0)  # a sixth of the tokens
 
         def whole(trainer: Trainer = trainer) -> dict[str, torch.Tensor]:
             return {n: p.detach().full_tensor().clone() for n, p in trainer.share.named_parameters() if isinstance(p, DTensor)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 from tests.ranks import run_ranks
 from tests.support import skewed_tokens, small_config
 from tests.tensor_parallel.support import whole_gradient
-from tptrain.config import Config
+from tptrain.config import Config, ConfigError
 from tptrain.mesh import build_mesh
 from tptrain.tensor_parallel.cross_entropy import IGNORE_INDEX
 from tptrain.trainer import Trainer
@@ -112,3 +114,71 @@ def embedding_gradient(rank: int, config: Config) -> dict[str, Any]:
     totals = trainer.compute_gradients()
     gradient = whole_gradient(next(iter(trainer.share.stages.values())).embedding.weight)
     return {"norm": totals[0].sqrt().item(), "gradient": gradient.flatten()[:: gradient.numel() // 500].tolist()}
+
+
+# ---- documents kept apart ----------------------------------------------------------------------------------
+
+END = 3
+APART = {"data__document_mask": True, "data__source": "python_docs"}
+
+
+def test_the_loss_is_of_each_document_alone() -> None:
+    run_ranks(1, check_documents)
+
+
+def check_documents(rank: int) -> None:
+    """The step's loss, and the evaluation's, is the mean over the targets within documents, each document run alone."""
+    config = small_config(**SGD, **APART)
+    tokens = skewed_tokens(4000, config.model.vocab_size)
+    mesh = build_mesh(config.parallel, torch.device("cpu"), 60)
+    trainer = Trainer(config, mesh, tokens[:3000], tokens[3000:], END)
+    rows = trainer.train_data.rows(0, 8)
+    apart, together = losses_alone(trainer, rows), token_losses(trainer, *(torch.from_numpy(x) for x in (rows[:, :-1], rows[:, 1:])))
+    assert abs(together.mean().item() - sum(apart) / len(apart)) > 1e-3, "else this test can tell nothing"
+    assert trainer.step().loss == pytest.approx(sum(apart) / len(apart), rel=1e-5)
+    steps = trainer.config.train.eval_steps
+    assert trainer.val_data is not None
+    held_out = losses_alone(trainer, trainer.val_data.rows(0, 8 * (steps or 0)))
+    assert trainer.evaluate() == pytest.approx(sum(held_out) / len(held_out), rel=1e-5)
+
+
+@torch.no_grad()
+def losses_alone(trainer: Trainer, rows: np.ndarray) -> list[float]:
+    """The losses of all tokens that another of their document comes before, in rows cut behind each end id."""
+    losses: list[float] = []
+    for row in rows:
+        cuts = [0, *(np.flatnonzero(row == END) + 1).tolist(), len(row)]
+        for first, last in itertools.pairwise(cuts):
+            if last - first > 1:
+                document = torch.from_numpy(row[None, first:last])
+                losses += token_losses(trainer, document[:, :-1], document[:, 1:]).tolist()
+    return losses
+
+
+def test_the_mask_needs_an_end_id() -> None:
+    run_ranks(1, check_no_end)
+
+
+def check_no_end(rank: int) -> None:
+    config = small_config(**APART)
+    tokens, mesh = skewed_tokens(400, config.model.vocab_size), build_mesh(config.parallel, torch.device("cpu"), 60)
+    with pytest.raises(ConfigError, match=r"data.document_mask=true needs an id that ends documents.*: use data.document_mask=false"):
+        Trainer(config, mesh, tokens, tokens)
+    Trainer(small_config(), mesh, tokens, tokens)
+
+
+def test_a_sample_is_one_document() -> None:
+    """Its prompt may hold end ids; and what the step before read has no part in it."""
+    run_ranks(1, check_sample)
+
+
+def check_sample(rank: int) -> None:
+    config = small_config(**APART)
+    tokens, mesh = skewed_tokens(4000, config.model.vocab_size), build_mesh(config.parallel, torch.device("cpu"), 60)
+    apart = Trainer(config, mesh, tokens, tokens, END)
+    apart.step()
+    prompt = [END, 9, 4, END, 8]
+    with mock.patch.object(apart.share.stages[0], "forward", wraps=apart.share.stages[0].forward) as forward:
+        apart.sample(prompt, 3, end=-1)
+    assert len(forward.call_args_list) == 3
+    assert all(call.kwargs.get("documents") is None for call in forward.call_args_list)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tptrain.config import ModelConfig
-from tptrain.model.documents import Apart, attend
+from tptrain.model.documents import Apart, Runs, attend
 from tptrain.model.recompute import remade
 from tptrain.model.rotary import Rotation, rotate
 from tptrain.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, SharedColumnLinear, fan_out
@@ -48,6 +48,7 @@ class Attention(nn.Module):
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
         if self.dropout and stream is not None:
+            assert not isinstance(apart, Runs), "dropout has the weights as a matrix"
             dropping = self.attend_with_dropout
             y = remade(dropping, q, k, v, stream, apart) if self.recompute else dropping(q, k, v, stream, apart)
         else:
