@@ -47,7 +47,7 @@ CASES = [
     *(case_of(schedule, stages, 1, 3, FAMILIES[0]) for schedule, stages in (("gpipe", 3), ("interleaved", 2), ("zb_v", 2), ("zb_h1", 1))),
     *(case_of(schedule, 2, 2, 4, FAMILIES[0], layers=7, partition=[1, 3, 2, 1]) for schedule in ("interleaved", "zb_v")),
     # documents kept apart, also on ranks that hold neither the first nor the last stage
-    case_of("1f1b", 1, 4, 6, FAMILIES[0] | APART), case_of("zb_v", 2, 2, 5, FAMILIES[0] | APART),
+    case_of("1f1b", 1, 4, 6, FAMILIES[0] | APART), case_of("zb_v", 2, 2, 3, FAMILIES[0] | APART, dp=2),
     case_of("zb_v", 2, 2, 4, FAMILIES[2] | APART, tp=2, **SP),
     case_of("interleaved", 2, 2, 4, FAMILIES[2] | APART | DROPOUT, recompute="full", dp=2),
 ]  # fmt: skip

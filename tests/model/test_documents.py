@@ -22,6 +22,7 @@ from tptrain.mesh import Mesh
 from tptrain.model import documents as documents_module
 from tptrain.model.documents import RowDocuments, Runs, attend, has_variable_length, runs_of, targets_within, variable_length
 from tptrain.model.gpt import Execution, GPTStage
+from tptrain.model.rotary import rotation
 from tptrain.tensor_parallel.cross_entropy import IGNORE_INDEX
 from tptrain.tensor_parallel.random import Stream, keep_mask
 
@@ -195,6 +196,18 @@ def test_the_stage_itself_says_the_same_of_a_document_alone(mesh: Mesh, name: st
     for row, first, last in spans():
         if first:
             assert not torch.isclose(packed[row, first:last], together[row, first:last], rtol=1e-3).all(), "else there is nothing to show"
+
+
+def test_rotary_positions_begin_anew(mesh: Mesh) -> None:
+    """To the bit: a product depends on the distance alone, so that only rounding would tell."""
+    model = llama()
+    stage = GPTStage(model, 0, 1, mesh.tp, CPU)
+    inputs, _ = batch(model)
+    turn = stage.rotation(inputs, RowDocuments.of(inputs, END))
+    assert turn is not None
+    for row, first, last in spans():
+        own = rotation(torch.arange(last - first), model.head_size, model.rope_theta)
+        assert all(torch.equal(table[row, 0, first:last], expected) for table, expected in zip(turn, own, strict=True))
 
 
 # ---- attention by itself -----------------------------------------------------------------------------------
