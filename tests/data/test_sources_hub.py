@@ -107,6 +107,29 @@ def test_a_null_names_the_row(hub: list, tmp_path: Path) -> None:
         documents.texts(0, 3)
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_datasets_is_offline_only_where_the_hub_does_not_answer(
+    hub: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: bool
+) -> None:
+    seen, load_dataset = [], datasets.load_dataset
+
+    def dataset_info(*arguments: Any, **keywords: Any) -> None:
+        assert keywords["timeout"] <= 20
+        if not answers:
+            raise OSError("no route")
+
+    def watched(*arguments: Any, **keywords: Any) -> Any:
+        seen.append(datasets.config.HF_HUB_OFFLINE)
+        return load_dataset(*arguments, **keywords)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", watched)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    assert open_source(SourceConfig("hub", name="me/mine")).load(tmp_path).texts(0, 1) == ["a"]
+    assert seen == [not answers]
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
 def test_what_is_read_is_part_of_the_fingerprint() -> None:
     parts = [{}, {"subset": "a"}, {"split": "a"}, {"revision": "a"}, {"text_column": "a"}]
     prints = {open_source(SourceConfig("hub", name="me/mine", **part)).fingerprint() for part in parts}

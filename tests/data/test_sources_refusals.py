@@ -178,6 +178,17 @@ def test_a_name_that_datasets_misreads(tmp_path: Path) -> None:
     assert "a::b.parquet, whose name has '::' in it: " in refusal(source.load, tmp_path / "cache")
 
 
+# ---- text ------------------------------------------------------------------------------------------------
+
+
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("fine")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    source = open_source(SourceConfig("text", path=str(tmp_path)))
+    for message in (refusal(source.load, tmp_path / "cache"), refusal(list, source.stream())):
+        assert message.startswith(f"data.path={tmp_path} names {tmp_path}/b.txt, which is not UTF-8 text at byte 3: ")
+
+
 # ---- saved -----------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ import pytest
 from datasets.distributed import split_dataset_by_node
 
 from tptrain.config_error import ConfigError
+from tptrain.data.documents import _batches
 from tptrain.data.sources import Source, open_source
 from tptrain.data_config import SourceConfig
 
@@ -163,6 +164,12 @@ def test_any_range_and_where(tmp_path: Path, write: Callable[..., SourceConfig])
     assert documents.where(0) == f"{tmp_path}/rows/a.{kind}, row 1"
     assert documents.where(1199) == f"{tmp_path}/rows/a.{kind}, row 1200"
     assert documents.where(1200) == f"{tmp_path}/rows/b.{kind}, row 1"
+
+
+def test_few_rows_and_little_text_are_held_at_once() -> None:
+    assert [len(batch) for batch in _batches(["x"] * 2500)] == [1000, 1000, 500]
+    assert [len(batch) for batch in _batches(["x" * (1 << 23)] * 5)] == [2, 2, 1]
+    assert list(_batches([])) == []
 
 
 def test_where_counts_lines(tmp_path: Path) -> None:
