@@ -7,7 +7,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from copy import copy
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Files:
         if self._opened is None:  # once, because it takes a while; each reader gets a stream with a state of its own
             files = [str(path) for path in self.paths]
             self._opened = datasets.load_dataset("json", data_files=files, split="train", streaming=True)
-        return copy(self._opened)
+        return deepcopy(self._opened)
 
 
 def write(folder: Path, counts: Sequence[int], seed: int = 0) -> tuple[Files, list[list[str]]]:
@@ -173,7 +173,7 @@ def test_readers_of_any_layout_with_stops_give_the_same_samples(shape: tuple[Fil
 
 
 def test_a_resume_reads_little_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a state, only the rounds that the lanes stand in are read, not the epoch from its start; and without one, it is exact as well."""
+    """From a state, only the rounds that the lanes stand in are read, not the epoch from its start. Without one, it is exact as well."""
     source, files = write(tmp_path, [4000])
     data = config()
     wanted = twin(files, data, 4 * 1024)
@@ -269,7 +269,8 @@ def test_a_state_of_another_deal_is_refused(tmp_path: Path) -> None:
             quiet(source, config(**{key: value})).load_state(reader.state(40))
     fresh = quiet(source, config())
     fresh.load_state(None)
-    assert merge_states([None, None]) is None and not fresh.state(0)["lanes"]
+    assert merge_states([None, None]) is None
+    assert not fresh.state(0)["lanes"]
 
 
 # ---- what can go wrong ------------------------------------------------------------------------------------------------
@@ -308,7 +309,9 @@ def test_fewer_documents_than_lanes(tmp_path: Path) -> None:
 def test_a_file_that_breaks_off(tmp_path: Path) -> None:
     source, _ = write(tmp_path, [10, 2000])
     source.paths[1].write_bytes(source.paths[1].read_bytes()[:-300])
-    with pytest.raises(ConfigError, match=r"^data\.streaming=true cannot read jsonl test \(files 2, 4, \.\.\.\) after row \d+ \(EOFError: ") as caught:
+    with pytest.raises(
+        ConfigError, match=r"^data\.streaming=true cannot read jsonl test \(files 2, 4, \.\.\.\) after row \d+ \(EOFError: "
+    ) as caught:
         quiet(source, config()).rows(0, 5000)
     assert "\n" not in str(caught.value)
 
@@ -345,11 +348,12 @@ def test_a_lost_connection_is_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
     else:
         assert np.array_equal(rows.rows(0, 300), twin(files, data, 300))
     assert pauses == [1, 2, 4, 8, 16][:failures]
-    assert lines[0] == "jsonl test: ConnectionError: Server Disconnected; trying again in 1 s" and len(lines) == min(failures, 5)
+    assert lines[0] == "jsonl test: ConnectionError: Server Disconnected; trying again in 1 s"
+    assert len(lines) == min(failures, 5)
 
 
 def test_which_errors_are_of_the_network() -> None:
     outer = RuntimeError("reading failed")
     outer.__cause__ = TimeoutError()
-    assert is_network_error(outer) and is_network_error(ConnectionResetError())
+    assert all(map(is_network_error, (outer, ConnectionResetError())))
     assert not any(map(is_network_error, (FileNotFoundError(), ValueError(), PermissionError(), EOFError())))

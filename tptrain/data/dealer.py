@@ -119,9 +119,10 @@ class Dealer:
         """The texts of the round that is next; a lost connection is tried again."""
         for pause in (*_PAUSES_SECONDS, None):
             try:
-                batch = self._next_batch()
+                texts = self._texts(self._next_batch())
                 break
             except ConfigError:
+                self._batches = None  # asked again, it says so again
                 raise
             except Exception as error:  # whatever a reader of any format raises
                 self._batches = None
@@ -129,7 +130,6 @@ class Dealer:
                     raise self._unreadable(error) from error
                 self._report(f"{self._name}: {_short(error)}; trying again in {pause:g} s")
                 time.sleep(pause)
-        texts = self._texts(batch) if batch else []
         epoch, number = self._at
         if len(texts) < self._lanes * self._block:
             self._rounds = number + bool(texts)
@@ -148,8 +148,10 @@ class Dealer:
             self._batches = self._stream.iter(batch_size=self._lanes * self._block)
         return next(self._batches, None)
 
-    def _texts(self, batch: dict[str, list[object]]) -> list[str]:
-        """The column of a batch. Raises ConfigError, with the row's number and the columns that exist, where there is no text."""
+    def _texts(self, batch: dict[str, list[object]] | None) -> list[str]:
+        """The column of a batch; nothing of none. Raises ConfigError, with the row's number and the columns that exist, where there is no text."""
+        if not batch:
+            return []
         rows = batch.get(self._column)
         if rows is not None and all(isinstance(text, str) for text in rows):
             return rows  # type: ignore[return-value]

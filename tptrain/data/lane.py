@@ -14,8 +14,8 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -34,9 +34,11 @@ class Encoder(Protocol):
     """What a lane needs of a tokenizer."""
 
     @property
-    def end_of_document(self) -> int: ...
+    def end_of_document(self) -> int:
+        """The id that follows each document."""
 
-    def encode_batch(self, texts: list[str]) -> Sequence[np.ndarray]: ...
+    def encode_batch(self, texts: list[str]) -> Sequence[np.ndarray]:
+        """The ids of each text, integers [n], with no end id."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,6 @@ class Mark:
     document: int
     start: State
     """The stream's state where the block's round starts."""
-
-    def as_json(self) -> dict[str, Any]:
-        """As `json.dumps` takes it."""
-        return asdict(self)
 
 
 class Lane:

@@ -18,6 +18,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -37,12 +39,16 @@ _REMEMBERED_CALLS = 64
 class Streamed(Protocol):
     """What a stream needs of a source."""
 
-    label: str
-    column: str
+    @property
+    def label(self) -> str:
+        """For messages."""
+
+    @property
+    def column(self) -> str:
+        """Which column of the rows holds the text."""
 
     def stream(self) -> datasets.IterableDataset:
-        """Its rows, with the column `column`, in the same order each time."""
-        ...
+        """Its rows, with the column `column`, in the same order each time; an object of its own, since it keeps where its reader stands."""
 
 
 class StreamRows:
@@ -57,7 +63,7 @@ class StreamRows:
 
     def __init__(self, source: Streamed, tokenizer: Encoder, data: DataConfig, seed: int, report: Callable[[str], None] = print) -> None:
         self._data, self._tokenizer, self._seed, self._report = data, tokenizer, seed, report
-        self._dealers = _deal_files(source, data, report)
+        self._source = source
         self._lanes: dict[int, Lane] = {}
         self._calls: deque[int] = deque(maxlen=_REMEMBERED_CALLS)
 
@@ -82,10 +88,9 @@ class StreamRows:
 
     def state(self, sample: int) -> dict[str, Any]:
         """What lets a reader go on at a sample without reading all before it, as JSON: for the lanes that this reader knows."""
-        marks = {
-            number: lane.mark(self._windows_before(sample, number) * self._data.seq_len) for number, lane in self._lanes.copy().items()
-        }
-        return {"of": self._identity(), "lanes": {str(number): mark.as_json() for number, mark in marks.items() if mark.token}}
+        lanes = self._lanes.copy().items()
+        marks = {number: lane.mark(self._windows_before(sample, number) * self._data.seq_len) for number, lane in lanes}
+        return {"of": self._identity(), "lanes": {str(number): asdict(mark) for number, mark in marks.items() if mark.token}}
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
         """Make known what `state` of any readers of this stream said. Raises ConfigError where it is of a stream dealt out otherwise."""
@@ -93,6 +98,9 @@ class StreamRows:
             return
         for key, mine in self._identity().items():
             saved = state["of"].get(key, mine)
+            if saved != mine and key == "parts":
+                rule = f"names a stream in {mine} parts that divide its files and its lanes, and the checkpoint's had {saved}"
+                raise refuse("data.source", self._data.source, rule, "use the same files, or another hydra.run.dir")
             if saved != mine:
                 raise refuse(key, mine, f"differs from {saved} of the checkpoint's stream", f"use {key}={saved}, or another hydra.run.dir")
         for number, mark in state["lanes"].items():
@@ -101,7 +109,12 @@ class StreamRows:
     def _identity(self) -> dict[str, int]:
         """What the states of lanes mean something under."""
         keys = ("seq_len", "stream_lanes", "stream_run", "shuffle_buffer", "val_documents")
-        return {"seed": self._seed, **{f"data.{key}": getattr(self._data, key) for key in keys}, "parts of the stream": len(self._dealers)}
+        return {"seed": self._seed, **{f"data.{key}": getattr(self._data, key) for key in keys}, "parts": len(self._dealers)}
+
+    @cached_property
+    def _dealers(self) -> list[Dealer]:
+        """Opened when first asked for: most ranks of a job read nothing."""
+        return _deal_files(self._source, self._data, self._report)
 
     def _lane(self, number: int) -> Lane:
         if number not in self._lanes:
