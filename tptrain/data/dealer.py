@@ -149,7 +149,7 @@ class Dealer:
         return next(self._batches, None)
 
     def _texts(self, batch: dict[str, list[object]] | None) -> list[str]:
-        """The column of a batch; nothing of none. Raises ConfigError, with the row's number and the columns that exist, where there is no text."""
+        """The column of a batch; nothing of none. Raises ConfigError, with the row and the columns that exist, where there is no text."""
         if not batch:
             return []
         rows = batch.get(self._column)
