@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from tptrain.config_error import ConfigError, refuse
+from tptrain.data.documents import bad_field, kind_of
 
 if TYPE_CHECKING:
     import datasets
@@ -157,9 +158,8 @@ class Dealer:
             return rows  # type: ignore[return-value]
         place = next((place for place, text in enumerate(rows) if not isinstance(text, str)), 0) if rows is not None else 0
         row = self._first_row + self._at[1] * self._lanes * self._block + place + 1
-        what = "is missing" if rows is None else "is null" if rows[place] is None else f"is {type(rows[place]).__name__}, not text,"
-        columns = ", ".join(batch)
-        raise refuse("data.text_column", self._column, f"{what} in row {row} of {self._name}", f"use a column of text; there are {columns}")
+        fault = "is missing" if rows is None else f"is {kind_of(rows[place])}"
+        raise bad_field("data", self._column, fault, f"{self._name}, row {row}", batch)
 
     def _unreadable(self, error: Exception) -> ConfigError:
         row = self._first_row + self._at[1] * self._lanes * self._block
