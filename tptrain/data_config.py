@@ -89,6 +89,9 @@ class DataConfig(SourceConfig):
     stream_lanes: int = 8
     """With streaming: parts into which the stream is dealt out. A reader reads only the lanes that its samples come from; the lanes, not
     the layout, decide which text a sample holds."""
+    stream_run: int = 1
+    """With streaming: samples that come from one lane before the next has its turn. Global batch size / stream_lanes lets each dp rank
+    read lanes of its own."""
     shuffle_buffer: int = 1000
     """With streaming: documents of a lane that are put in a mixed order at a time."""
     num_proc: Any = "auto"
@@ -156,7 +159,7 @@ def _check_mixture(data: DataConfig) -> None:
 
 
 def _check_validation(data: DataConfig) -> None:
-    for key, least in (("val_documents", 0), ("stream_lanes", 1), ("shuffle_buffer", 1)):
+    for key, least in (("val_documents", 0), ("stream_lanes", 1), ("stream_run", 1), ("shuffle_buffer", 1)):
         if getattr(data, key) < least:
             raise refuse(f"data.{key}", getattr(data, key), f"is below {least}", f"use {least} or more")
     if not 0 <= data.val_fraction < 1:  # also where it is no number
