@@ -14,6 +14,7 @@ from tests.ranks import run_ranks
 from tests.support import skewed_tokens, small_config
 from tests.tensor_parallel.support import whole_gradient
 from tptrain.config import Config
+from tptrain.data.dataset import Data
 from tptrain.mesh import build_mesh
 from tptrain.tensor_parallel.cross_entropy import IGNORE_INDEX
 from tptrain.trainer import Trainer
@@ -25,7 +26,7 @@ def trainer_of(config: Config, ignored: bool = False) -> Trainer:
     tokens = skewed_tokens(4000, config.model.vocab_size)
     if ignored:
         tokens[(np.arange(4000) // 11) % 4 == 0] = IGNORE_INDEX
-    return Trainer(config, build_mesh(config.parallel, torch.device("cpu"), 60), tokens[:3000], tokens[3000:])
+    return Trainer(config, build_mesh(config.parallel, torch.device("cpu"), 60), Data.of_tokens(config, tokens[:3000], tokens[3000:]))
 
 
 def batch_of(trainer: Trainer) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`prepare`: from a config to the folder of a token store, once, before any rank starts.
+"""`build_store`: from one source to the folder of its token store.
 
 In this order, so that the quick refusals come first: does the data exist, does its vocabulary fit the model, is there a
 finished store (milliseconds), can one be made, is the text UTF-8; only then `datasets` is imported and ids are written.
@@ -10,38 +10,43 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from tptrain.config import Config, DataConfig, refuse
+from tptrain.config import DataConfig, refuse
 from tptrain.data.memorize import KEY, random_tokens
-from tptrain.data.sources import Source, list_source
+from tptrain.data.sources import Source
 from tptrain.data.splits import held_out, split_tail
 from tptrain.data.store import FORMAT, StoreWriter, TokenStore, is_store
-from tptrain.data.tokenizers import ByteTokenizer, load_tokenizer
+from tptrain.data.tokenizers import ByteTokenizer
+from tptrain.data_config import SourceConfig
 
 
-def prepare(config: Config, report: Callable[[str], None] = print) -> Path:
-    """Check what `config.data` asks for, find or build its token store, and return the store's absolute folder.
+def build_store(
+    part: SourceConfig,
+    source: Source | None,
+    tokenizer: ByteTokenizer | None,
+    data: DataConfig,
+    val_fraction: float,
+    report: Callable[[str], None],
+) -> Path:
+    """Find or build the token store of one source, and return its absolute folder.
 
-    report: called with a line at a time on what is done.
-    Raises ConfigError for data that is missing, unreadable, not UTF-8 text, too short for one sequence or beyond the
-    model's vocabulary, and for a data.store_dir that cannot hold a store.
+    source, tokenizer: None for memorize. report: called with a line at a time on what is done.
+    Raises ConfigError for text that is not UTF-8, and for a data.store_dir that cannot hold a store.
     """
-    data = config.data
-    source = None if data.source == "memorize" else list_source(data)
-    tokenizer = load_tokenizer(data)
-    _check_vocabulary(config, tokenizer)
-    fingerprint = _fingerprint(data, source, tokenizer)
-    folder = Path(data.store_dir).expanduser().absolute() / f"{data.source}-{fingerprint[:16]}"
+    settings = replace(data, source=part.source, path=part.path, num_sequences=part.num_sequences, vocab_size=part.vocab_size,
+                       val_fraction=val_fraction)  # fmt: skip
+    fingerprint = _fingerprint(settings, source, tokenizer)
+    folder = Path(data.store_dir).expanduser().absolute() / f"{part.source}-{fingerprint[:16]}"
     if is_store(folder, fingerprint):
         store = TokenStore.open(folder)
-        report(f"{data.source}: {_short(store.train.num_tokens + store.val.num_tokens)} tokens in {folder}")
+        report(f"{part.source}: {_short(store.train.num_tokens + store.val.num_tokens)} tokens in {folder}")
     else:
-        store = _build(data, source, tokenizer, folder, fingerprint, report)
-    _check_length(config, store)
+        _build(settings, source, tokenizer, folder, fingerprint, report)
     return folder
 
 
@@ -104,33 +109,6 @@ def _tokenise(data: DataConfig, source: Source, tokenizer: ByteTokenizer, writer
 def _memorize_tokens(data: DataConfig) -> int:
     """Ids for num_sequences windows of seq_len + 1, each of which shares one id with the next."""
     return data.num_sequences * data.seq_len + 1
-
-
-def _check_vocabulary(config: Config, tokenizer: ByteTokenizer | None) -> None:
-    """Whether the model has a row for each id."""
-    rows, data = config.model.vocab_size, config.data
-    if tokenizer is None and data.vocab_size > rows:
-        raise refuse("data.vocab_size", data.vocab_size, f"is above model.vocab_size={rows}",
-                     f"use data.vocab_size={rows} or less, or model.vocab_size={data.vocab_size} or more")  # fmt: skip
-    if tokenizer is not None and tokenizer.vocab_size > rows:
-        raise refuse("model.vocab_size", rows, f"is below the {tokenizer.name} tokenizer's {tokenizer.vocab_size} ids",
-                     f"use model.vocab_size={tokenizer.vocab_size} or more")  # fmt: skip
-
-
-def _check_length(config: Config, store: TokenStore) -> None:
-    """Whether each split that will be read has one sequence; with eval_steps=0 the validation split is not read."""
-    data, needed = config.data, config.data.seq_len + 1
-    sum_text = f"a sequence needs data.seq_len + 1 = {needed}"
-    if store.train.num_tokens < needed:
-        found = store.train.num_tokens
-        shorter = f"data.seq_len={found - 1} or less, or " if found > 1 else ""
-        raise refuse("data.seq_len", data.seq_len, f"is too long for the train split: {sum_text} tokens, and it has {found}",
-                     f"use {shorter}more text")  # fmt: skip
-    found = store.val.num_tokens
-    if config.train.eval_steps != 0 and found < needed:
-        shorter = f"data.seq_len={found - 1} or less, " if found > 1 else ""
-        raise refuse("data.val_fraction", data.val_fraction, f"leaves the val split {found} tokens, but {sum_text}",
-                     f"use a larger data.val_fraction, {shorter}more text, or train.eval_steps=0")  # fmt: skip
 
 
 def _short(count: int) -> str:

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tptrain.config import DataConfig, refuse
+from tptrain.config_error import refuse
+from tptrain.data_config import SourceConfig
 
 _TEXT_SUFFIXES = (".txt", ".md")
 _NOT_DOCS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
@@ -108,7 +109,12 @@ class Source:
         return dict(topics)
 
 
-def list_source(data: DataConfig) -> Source:
+def open_source(part: SourceConfig, prefix: str = "data", split: str | None = None) -> Source:
+    """The documents that `part`, whose keys begin with `prefix`, names. Raises ConfigError."""
+    return list_source(part)
+
+
+def list_source(data: SourceConfig) -> Source:
     """The files of data.source text or python_docs. Raises ConfigError where there are none."""
     return _list_python_docs() if data.source == "python_docs" else _list_text(data.path)
 

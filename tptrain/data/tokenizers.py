@@ -7,10 +7,32 @@ and `decode`. The byte tokenizer needs no vocabulary file, so it works on any ma
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from tptrain.config import DataConfig
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    name: str
+    vocab_size: int
+    end_of_document: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids [n]."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what `load_tokenizer` finds there."""
+        ...
 
 
 class ByteTokenizer:
@@ -27,6 +49,9 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """The UTF-8 bytes of `text`, uint16 [bytes], with no end-of-document id. Raises UnicodeEncodeError for lone surrogates."""
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint16)
+
+    def save(self, folder: Path) -> None:
+        """Nothing: it has no vocabulary file."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`: what is no byte is left out, and bytes that are not UTF-8 become U+FFFD."""
