@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tptrain.cli import compose
 from tptrain.config import Config, resolve
+from tptrain.data.dataset import Data
 from tptrain.data.memorize import random_tokens
 from tptrain.mesh import build_mesh
 from tptrain.tensor_parallel.parameter import local_part
@@ -57,12 +58,12 @@ def measure(rank: int, tp: int, steps: int, folder: str) -> None:
     config = config_of(tp)
     tokens = random_tokens(config.data.num_sequences * config.data.seq_len + 1, config.data.vocab_size)
     mesh = build_mesh(config.parallel, CPU, 600)
-    memory = memory_of(Trainer(config, mesh, tokens, tokens))
+    memory = memory_of(Trainer(config, mesh, Data.of_tokens(config, tokens)))
     largest = torch.tensor(list(memory.values()))
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=mesh.world)
-    trainer = Trainer(config, mesh, tokens, tokens)
+    trainer = Trainer(config, mesh, Data.of_tokens(config, tokens))
     losses = [trainer.step().loss for _ in range(steps)]
-    end = trainer.evaluate()
+    end = trainer.evaluate()["val_loss"]
     if rank == 0:
         torch.save({"memory": largest, "losses": losses, "end": end}, Path(folder) / f"tp{tp}.pt")
     dist.barrier(group=mesh.world)

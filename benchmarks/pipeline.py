@@ -29,6 +29,7 @@ from benchmarks.alternate import ratio
 from benchmarks.torch_pipeline import PEERS, TorchPipeline
 from benchmarks.two_ranks import CPU, RANKS, TIMEOUT_SECONDS, Pair, Sizes, add_sizes, config_of, mesh_of_one, our_step, say, start_pairs
 from tptrain.config import Config
+from tptrain.data.dataset import Data
 from tptrain.data.sampler import Sampler
 from tptrain.host_memory import keep_freed_memory
 from tptrain.mesh import Mesh, build_mesh
@@ -86,7 +87,7 @@ def our_pipelines(options: Options, tokens: np.ndarray) -> dict[str, Step]:
         splits = []
         for partition in ("even", "balanced"):
             config = config_of(options, f"parallel.pp={RANKS}", f"parallel.schedule={schedule}", f"parallel.partition={partition}")
-            trainer = Trainer(config, build_mesh(config.parallel, CPU, TIMEOUT_SECONDS), tokens, tokens)
+            trainer = Trainer(config, build_mesh(config.parallel, CPU, TIMEOUT_SECONDS), Data.of_tokens(config, tokens))
             splits.append(split_of(trainer))
             say(f"{name_of(schedule, partition)}: layers by rank and stage {splits[-1]}")
             if partition == "balanced" and splits[0] == splits[1]:
@@ -148,7 +149,7 @@ def measure(pair: Pair) -> dict[str, Any]:
     if pair.side == OURS:
         ways = {ONE: lambda: (0.0, 0.0)}
         if dist.get_rank() == 0:
-            ways[ONE] = partial(our_step, Trainer(config_of(options), alone, tokens, tokens))
+            ways[ONE] = partial(our_step, Trainer(config_of(options), alone, Data.of_tokens(config_of(options), tokens)))
         ways |= our_pipelines(options, tokens)
     else:
         ways = their_pipelines(options, tokens, alone)

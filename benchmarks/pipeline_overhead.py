@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.two_ranks import CPU, RANKS, TIMEOUT_SECONDS, Sizes, add_sizes, barrier, config_of, our_step, say, start
+from tptrain.data.dataset import Data
 from tptrain.mesh import build_mesh
 from tptrain.pipeline.schedules import SCHEDULES
 from tptrain.pipeline.timeline import busy
@@ -58,7 +59,7 @@ def trainer_of(options: Options, schedule: str) -> Trainer:
     """A pipeline of two stages that are as even as can be."""
     config = config_of(options, f"parallel.pp={RANKS}", f"parallel.schedule={schedule}", "parallel.partition=even")
     tokens = np.random.default_rng(0).integers(0, options.vocab, 100_000 + options.tokens)
-    return Trainer(config, build_mesh(config.parallel, CPU, TIMEOUT_SECONDS), tokens, tokens)
+    return Trainer(config, build_mesh(config.parallel, CPU, TIMEOUT_SECONDS), Data.of_tokens(config, tokens))
 
 
 # ---- time ------------------------------------------------------------------------------------------------

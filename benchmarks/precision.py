@@ -15,6 +15,7 @@ import torch.distributed as dist
 from benchmarks.alternate import alternate
 from tptrain.cli import compose
 from tptrain.config import resolve
+from tptrain.data.dataset import Data
 from tptrain.mesh import build_mesh
 from tptrain.trainer import Trainer
 
@@ -26,7 +27,7 @@ def trainer(precision: str, seq_len: int) -> Trainer:
     size = [f"data.seq_len={seq_len}", "parallel.micro_batch_size=1", f"parallel.micro_batches={MICRO_BATCHES}", "train.eval_steps=0"]
     config = resolve(compose(["model=gpt_125m", "hardware=cpu", f"train.precision={precision}", *size]))
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 100_000)
-    return Trainer(config, build_mesh(config.parallel, torch.device("cpu"), 60), tokens, tokens)
+    return Trainer(config, build_mesh(config.parallel, torch.device("cpu"), 60), Data.of_tokens(config, tokens))
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from benchmarks.dtensor_trainer import DTensorTrainer
 from benchmarks.two_ranks import CPU, RANKS, TIMEOUT_SECONDS, Sizes, add_sizes, barrier, config_of, mesh_of_one, our_step, say, start
 from tests.tensor_parallel.support import collectives
 from tptrain.config import Config
+from tptrain.data.dataset import Data
 from tptrain.data.sampler import Sampler
 from tptrain.mesh import Mesh, build_mesh
 from tptrain.trainer import Trainer
@@ -66,7 +67,7 @@ def layout(options: Options, tp: int, sequence_parallel: bool) -> Config:
 
 def both_sides(config: Config, mesh: Mesh, tokens: np.ndarray) -> tuple[Trainer, DTensorTrainer]:
     """Our trainer and DTensor's, with the same weights."""
-    ours = Trainer(config, mesh, tokens, tokens)
+    ours = Trainer(config, mesh, Data.of_tokens(config, tokens))
     weights = {name: parameter.full_tensor() for name, parameter in ours.share.stages[0].state_dict().items()}
     data = Sampler(tokens, config.data.seq_len, config.seed)
     return ours, DTensorTrainer(config, init_device_mesh("cpu", (RANKS,)), weights, data)
@@ -125,7 +126,8 @@ def measure(options: Options) -> None:
     ways: dict[str, Callable[[], object]] = {"one process": lambda: None}
     alone = mesh_of_one()
     if dist.get_rank() == 0:
-        single = Trainer(layout(options, 1, False), alone, tokens, tokens)
+        config = layout(options, 1, False)
+        single = Trainer(config, alone, Data.of_tokens(config, tokens))
         ways["one process"] = partial(our_step, single)
         say("one process step 1: loss {:.7f}; gradient norm {:.6f}".format(*our_step(single)))
     for sequence_parallel in options.variants:

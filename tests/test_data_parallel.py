@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests.ranks import run_ranks
 from tests.support import skewed_tokens, small_config
 from tests.tensor_parallel.support import collectives, mesh_of, random
 from tptrain.config import Config
+from tptrain.data.dataset import Data
 from tptrain.data_parallel import DataParallel, dp_dimension
 from tptrain.mesh import Mesh
 from tptrain.model.gpt import GPTStage
@@ -285,9 +287,9 @@ def check_learning(rank: int, layouts: list[dict[str, int]]) -> None:
             layout_keys = {f"parallel__{axis}": size for axis, size in layout.items()}
             config = small_config(train__precision=precision, optimizer__lr=0.01, optimizer__grad_clip=None, **layout_keys)
             tokens = skewed_tokens(8 * 16 + 1, config.model.vocab_size)  # one global batch, again and again
-            trainer = Trainer(config, mesh_of(**layout), tokens, tokens)
-            before = trainer.evaluate()
-            losses[precision] = [before, *(trainer.step().loss for _ in range(8)), trainer.evaluate()]
+            trainer = Trainer(config, mesh_of(**layout), Data.of_tokens(config, tokens))
+            before = trainer.evaluate()["val_loss"]
+            losses[precision] = [before, *(trainer.step().loss for _ in range(8)), trainer.evaluate()["val_loss"]]
             assert all(parameter.dtype == torch.float32 for parameter in trainer.share.modules.parameters())
         assert losses["fp32"][0] - losses["fp32"][-1] > 1, "eight steps must change the loss by far more than bf16 rounds"
         assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01), layout
@@ -304,6 +306,8 @@ class MaskedRows:
         self.table = skewed_tokens(size * (length + 1), config.model.vocab_size).reshape(size, length + 1)
         for g, row in enumerate(self.table):
             row[max(1, length + 1 - 2 * g) :] = -100
+
+    samples_per_epoch = None
 
     def rows(self, first: int, count: int) -> np.ndarray:
         return self.table[first : first + count]
@@ -324,9 +328,8 @@ def check_token_mean(rank: int) -> None:
             **{f"parallel__{axis}": size for axis, size in layout.items()},
         )  # fmt: skip
         tokens = skewed_tokens(1000, config.model.vocab_size)
-        trainer = Trainer(config, mesh_of(**layout), tokens, tokens)
         data = MaskedRows(config)
-        trainer.train_data = data
+        trainer = Trainer(config, mesh_of(**layout), replace(Data.of_tokens(config, tokens), train=data))
         result = trainer.step()
 
         table = torch.from_numpy(data.rows(0, 16))

@@ -16,6 +16,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.support import skewed_tokens, small_config
+from tptrain.data.dataset import Data
 from tptrain.tensor_parallel.cross_entropy import IGNORE_INDEX
 
 STEPS = 20
@@ -114,19 +115,20 @@ def train_case(rank: int, cases: list[tuple[str, Any]], half: int = STEPS // 2) 
         tokens = skewed_tokens(4000, config.model.vocab_size)
         if name.endswith(",ignored"):
             tokens[(np.arange(4000) // 11) % 4 == 0] = IGNORE_INDEX
-        trainer = Trainer(config, mesh, tokens[:3000], tokens[3000:], end_of_document=0)  # a sixth of the tokens
+        data = Data.of_tokens(config, tokens[:3000], tokens[3000:], end_of_document=0)  # a sixth of the tokens
+        trainer = Trainer(config, mesh, data)
 
         def whole(trainer: Trainer = trainer) -> dict[str, torch.Tensor]:
             return {n: p.detach().full_tensor().clone() for n, p in trainer.share.named_parameters() if isinstance(p, DTensor)}
 
         start = {n: hashlib.sha256(w.numpy().tobytes()).hexdigest() for n, w in whole().items()}
         steps = [trainer.step() for _ in range(half)]
-        val_loss = [trainer.evaluate(), trainer.evaluate()]
+        val_loss = [trainer.evaluate()["val_loss"], trainer.evaluate()["val_loss"]]
         steps += [trainer.step() for _ in range(half)]
         results[name] = {
             "start": start, "loss": [s.loss for s in steps], "grad_norm": [s.grad_norm for s in steps],
             "sample": trainer.sample([3, 1, 2], 2, end=-1),
-            "end": {n: w.norm().item() for n, w in whole().items()}, "val_loss": [*val_loss, trainer.evaluate()],
+            "end": {n: w.norm().item() for n, w in whole().items()}, "val_loss": [*val_loss, trainer.evaluate()["val_loss"]],
         }  # fmt: skip
     return results
 

@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"config", "model", "pipeline"},
     # around them
     "data": {"config", "config_error", "data_config", "files", "lifeline"},
-    "checkpoint": {"model", "mesh", "config", "files"},
+    "checkpoint": {"model", "mesh", "config", "config_error", "files"},
     "monitor": {"config", "files", "pipeline"},
     # from a command to running ranks
     "job": {"config"},

@@ -17,19 +17,22 @@ SGD = {"optimizer__name": "sgd", "optimizer__lr": 0.5, "optimizer__weight_decay"
 
 def train_all(rank: int, configs: list[Any]) -> list[dict[str, Any]]:
     """Train each config; its losses, and the dtypes of its weights and of what the first layer computes."""
+    from tptrain.data.dataset import Data
     from tptrain.mesh import build_mesh
     from tptrain.trainer import Trainer
 
     results = []
     for config in configs:
         tokens = skewed_tokens(4000, config.model.vocab_size)
-        trainer = Trainer(config, build_mesh(config.parallel, torch.device("cpu"), 60), tokens[:3000], tokens[3000:])
+        trainer = Trainer(
+            config, build_mesh(config.parallel, torch.device("cpu"), 60), Data.of_tokens(config, tokens[:3000], tokens[3000:])
+        )
         seen: set[str] = set()
         block = next(iter(next(iter(trainer.share.stages.values())).layers.values()))
         block.register_forward_hook(lambda module, inputs, output, seen=seen: seen.add(str(output.dtype)))
         losses = [trainer.step().loss for _ in range(STEPS)]
         weights = {str(p.dtype) for p in trainer.share.modules.parameters()}
-        results.append({"loss": losses, "val_loss": trainer.evaluate(), "weights": weights, "computed": seen})
+        results.append({"loss": losses, "val_loss": trainer.evaluate()["val_loss"], "weights": weights, "computed": seen})
     return results
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +19,8 @@ from tests.ranks import run_ranks
 from tests.support import small_config
 from tptrain.config import Config
 from tptrain.data import prepare
+from tptrain.data.dataset import Data
+from tptrain.data_config import MixturePart, SourceConfig
 from tptrain.mesh import build_mesh
 from tptrain.monitor.metrics import read_metrics
 from tptrain.monitor.trace import find_traces, read_trace
@@ -38,10 +44,11 @@ def spans_of(rank: int) -> list[Span]:
 
 def report_of(config: Config, folder: Path) -> Report:
     """A report without a model to speak of."""
-    trainer = SimpleNamespace(share=torch.nn.Linear(3, 2 + torch.distributed.get_rank()), steps_done=0)
-    split = SimpleNamespace(num_tokens=1)
+    trainer = SimpleNamespace(
+        share=torch.nn.Linear(3, 2 + torch.distributed.get_rank()), steps_done=0, data=Data.of_tokens(config, np.arange(100))
+    )
     mesh = build_mesh(config.parallel, torch.device("cpu"), 60)
-    return Report(config, mesh, trainer, folder, SimpleNamespace(train=split, val=split))  # type: ignore[arg-type]
+    return Report(config, mesh, trainer, folder)  # type: ignore[arg-type]
 
 
 def test_the_bubble_is_of_all_ranks_whatever_their_clocks(tmp_path: Path) -> None:
@@ -49,6 +56,9 @@ def test_the_bubble_is_of_all_ranks_whatever_their_clocks(tmp_path: Path) -> Non
     measured, unknown, together = read_metrics(tmp_path)
     assert measured["bubble_fraction"] == pytest.approx(1 - 5 / 10)
     assert unknown["bubble_fraction"] is None
+    assert [each["data_wait_fraction"] for each in (measured, unknown, together)] == pytest.approx([0.05 / 0.25] * 3), (
+        "of the rank that waits most"
+    )
     assert together["bubble_fraction"] == pytest.approx(1 - 5 / (2 * 4902)), "on one clock: from 100 to 5002"
     assert all(isinstance(record["peak_memory_bytes"], int) and record["peak_memory_bytes"] > 2**20 for record in (measured, unknown))
 
@@ -57,10 +67,10 @@ def log_steps(rank: int, folder: Path) -> None:
     tptrain.report.clock_name = lambda: f"machine {rank}"
     report = report_of(small_config(parallel__pp=2), folder)
     assert report.gather([rank + 2**40, 0.5]) == [[2**40, 0.5], [2**40 + 1, 0.5]]
-    report.step(1, RESULT, 0.25, 8, spans_of(rank))
-    report.step(2, RESULT, 0.25, 16, [])
+    report.step(1, RESULT, 0.25, [0.05, 0.01][rank], 8, spans_of(rank))
+    report.step(2, RESULT, 0.25, [0.05, 0.01][rank], 16, [])
     tptrain.report.clock_name = lambda: "one machine"
-    report.step(3, RESULT, 0.25, 24, spans_of(rank))
+    report.step(3, RESULT, 0.25, [0.05, 0.01][rank], 24, spans_of(rank))
     report.close(True)
 
 
@@ -155,3 +165,32 @@ def train_on_own_clock(rank: int, config: Config, run_dir: Path, store_dir: Path
     clock = time.perf_counter
     time.perf_counter = lambda: clock() + 1000 * rank  # type: ignore[assignment]
     train(config, run_dir, store_dir)
+
+
+def test_a_mixture_is_reported_source_by_source(tmp_path: Path) -> None:
+    """Two sources and a further validation set, through the files and the terminal, on ranks that share the reading."""
+    config = small_config(data__store_dir=str(tmp_path / "stores"), parallel__tp=2, train__max_steps=3, train__eval_every=2)
+    config.data = replace(
+        config.data, source="mixture", val_sets={"noise": SourceConfig("memorize", num_sequences=5, vocab_size=50)},
+        mixture={name: MixturePart("memorize", num_sequences=30, vocab_size=size, weight=weight)
+                 for name, size, weight in (("many", 200, 3.0), ("few", 10, 1.0))},
+    )  # fmt: skip
+    shown, silent = run_ranks(2, train_all, config, tmp_path / "run", prepare(config))
+    records = read_metrics(tmp_path / "run")
+    evaluations = [record for record in records if "val_loss" in record]
+    assert [record["step"] for record in evaluations] == [2, 3]
+    for record in evaluations:
+        assert list(record)[3:] == ["val_loss/many", "val_loss/few", "val_loss/noise"]
+        assert record["val_loss"] == pytest.approx(0.75 * record["val_loss/many"] + 0.25 * record["val_loss/few"])
+    assert evaluations[-1]["val_loss/few"] < evaluations[-1]["val_loss/many"], "ten ids are guessed sooner than 200"
+    assert all(0 <= record["data_wait_fraction"] < 1 for record in records if "loss" in record)
+    assert not silent
+    assert "data        mixture: 962 tokens, 962 held out, 81 in noise\n" in shown
+    assert shown.count("few 25.0 % 0.2 epochs, many 75.0 % 0.6 epochs\n") == 2, "24 samples: 6 and 18 of 30, foretold and read"
+
+
+def train_all(rank: int, config: Config, run_dir: Path, store_dir: Path) -> str:
+    """What this rank prints."""
+    with redirect_stdout(StringIO()) as shown:
+        train(config, run_dir, store_dir)
+    return shown.getvalue()

@@ -9,6 +9,7 @@ from tests.ranks import run_ranks
 from tests.support import skewed_tokens, small_config
 from tests.tensor_parallel.support import collectives
 from tptrain.config import Config
+from tptrain.data.dataset import Data
 from tptrain.mesh import build_mesh
 from tptrain.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from tptrain.trainer import Trainer
@@ -16,7 +17,7 @@ from tptrain.trainer import Trainer
 
 def trainer_of(config: Config) -> Trainer:
     tokens = skewed_tokens(2000, config.model.vocab_size)
-    return Trainer(config, build_mesh(config.parallel, torch.device("cpu"), 60), tokens, tokens)
+    return Trainer(config, build_mesh(config.parallel, torch.device("cpu"), 60), Data.of_tokens(config, tokens))
 
 
 def test_the_input_gradient_leaves_every_weight_of_a_linear_layer() -> None:

@@ -16,6 +16,7 @@ from tests.ranks import run_ranks
 from tests.support import skewed_tokens, small_config
 from tests.tensor_parallel.support import whole_gradient
 from tptrain.config import Config, ConfigError
+from tptrain.data.dataset import Data
 from tptrain.mesh import build_mesh
 from tptrain.tensor_parallel.cross_entropy import IGNORE_INDEX
 from tptrain.trainer import Trainer
@@ -27,7 +28,7 @@ def trainer_of(config: Config, ignored: bool = False) -> Trainer:
     tokens = skewed_tokens(4000, config.model.vocab_size)
     if ignored:
         tokens[(np.arange(4000) // 11) % 4 == 0] = IGNORE_INDEX
-    return Trainer(config, build_mesh(config.parallel, torch.device("cpu"), 60), tokens[:3000], tokens[3000:])
+    return Trainer(config, build_mesh(config.parallel, torch.device("cpu"), 60), Data.of_tokens(config, tokens[:3000], tokens[3000:]))
 
 
 def batch_of(trainer: Trainer) -> tuple[Tensor, Tensor]:
@@ -131,15 +132,14 @@ def check_documents(rank: int) -> None:
     config = small_config(**SGD, **APART)
     tokens = skewed_tokens(4000, config.model.vocab_size)
     mesh = build_mesh(config.parallel, torch.device("cpu"), 60)
-    trainer = Trainer(config, mesh, tokens[:3000], tokens[3000:], END)
+    trainer = Trainer(config, mesh, Data.of_tokens(config, tokens[:3000], tokens[3000:], END))
     rows = trainer.train_data.rows(0, 8)
     apart, together = losses_alone(trainer, rows), token_losses(trainer, *(torch.from_numpy(x) for x in (rows[:, :-1], rows[:, 1:])))
     assert abs(together.mean().item() - sum(apart) / len(apart)) > 1e-3, "else this test can tell nothing"
     assert trainer.step().loss == pytest.approx(sum(apart) / len(apart), rel=1e-5)
     steps = trainer.config.train.eval_steps
-    assert trainer.val_data is not None
-    held_out = losses_alone(trainer, trainer.val_data.rows(0, 8 * (steps or 0)))
-    assert trainer.evaluate() == pytest.approx(sum(held_out) / len(held_out), rel=1e-5)
+    held_out = losses_alone(trainer, trainer.data.validation["val_loss"].rows(0, 8 * (steps or 0)))
+    assert trainer.evaluate()["val_loss"] == pytest.approx(sum(held_out) / len(held_out), rel=1e-5)
 
 
 @torch.no_grad()
@@ -163,8 +163,8 @@ def check_no_end(rank: int) -> None:
     config = small_config(**APART)
     tokens, mesh = skewed_tokens(400, config.model.vocab_size), build_mesh(config.parallel, torch.device("cpu"), 60)
     with pytest.raises(ConfigError, match=r"data.document_mask=true needs an id that ends documents.*: use data.document_mask=false"):
-        Trainer(config, mesh, tokens, tokens)
-    Trainer(small_config(), mesh, tokens, tokens)
+        Trainer(config, mesh, Data.of_tokens(config, tokens))
+    Trainer(small_config(), mesh, Data.of_tokens(small_config(), tokens))
 
 
 def test_a_sample_is_one_document() -> None:
@@ -175,7 +175,7 @@ def test_a_sample_is_one_document() -> None:
 def check_sample(rank: int) -> None:
     config = small_config(**APART)
     tokens, mesh = skewed_tokens(4000, config.model.vocab_size), build_mesh(config.parallel, torch.device("cpu"), 60)
-    apart = Trainer(config, mesh, tokens, tokens, END)
+    apart = Trainer(config, mesh, Data.of_tokens(config, tokens, end_of_document=END))
     apart.step()
     prompt = [END, 9, 4, END, 8]
     with mock.patch.object(apart.share.stages[0], "forward", wraps=apart.share.stages[0].forward) as forward:

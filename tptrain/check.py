@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from tptrain.config import Config
-from tptrain.data.store import TokenStore
+from tptrain.data.dataset import open_data
 from tptrain.mesh import Mesh, build_mesh, own_device
 from tptrain.share import ModelShare
 from tptrain.tensor_parallel.parameter import local_part
@@ -143,8 +143,7 @@ def _run(
     """
     device = own_device(config.hardware.device)
     mesh = build_mesh(config.parallel, device, config.launch.timeout_seconds)
-    store = TokenStore.open(store_dir)
-    trainer = Trainer(config, mesh, store.train.tokens, store.val.tokens, store.end_of_document)
+    trainer = Trainer(config, mesh, open_data(config, store_dir))
     measured: dict[str, list[float]] = {"loss": [], "grad_norm": []}
     look("start", 0, _whole(trainer.share, gradients=False))
     for step in range(1, config.check.steps + 1):
@@ -157,6 +156,7 @@ def _run(
             after(trainer.share, step)
         measured["loss"].append(result.loss)
         measured["grad_norm"].append(result.grad_norm)
+    trainer.close()
     return mesh, measured
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from tptrain.config import Config
-from tptrain.data.store import TokenStore
+from tptrain.data.dataset import VAL_LOSS
 from tptrain.mesh import Mesh
 from tptrain.model.flops import flops_per_token, num_parameters
 from tptrain.monitor.console import Console
@@ -32,8 +32,8 @@ class Report:
     Some numbers are of all ranks, so every rank calls every method.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, trainer: Trainer, run_dir: Path, store: TokenStore) -> None:
-        self.config, self.mesh, self.run_dir = config, mesh, run_dir
+    def __init__(self, config: Config, mesh: Mesh, trainer: Trainer, run_dir: Path) -> None:
+        self.config, self.mesh, self.run_dir, self.data = config, mesh, run_dir, trainer.data
         self.tokens_per_step = config.batch_size * config.data.seq_len
         self.speaks = dist.get_rank() == 0
         parameters = [int(count) for (count,) in self.gather([sum(local_part(p).numel() for _, p in trainer.share.named_parameters())])]
@@ -48,7 +48,8 @@ class Report:
             "parameters_per_rank": parameters,
             "ranks": mesh.ranks,
             "device": _device_name(mesh.device),
-            "data": f"{config.data.source}: {store.train.num_tokens:,} tokens, {store.val.num_tokens:,} held out",
+            "data": self.data.text,
+            "reads": self.data.reads(config.train.max_steps * config.batch_size),
             "run_dir": run_dir,
         }
         write_status(run_dir, "running", first_step)
@@ -65,13 +66,18 @@ class Report:
             dist.all_reduce(values, group=self.mesh.world)
         return values.tolist()
 
-    def step(self, step: int, result: StepResult, step_seconds: float | None, samples: int, spans: Sequence[Span]) -> None:
-        """Log a training step. step_seconds: mean over the steps since the last logged one. samples: read since the start.
-        spans: what this rank computed when in the step."""
+    def step(
+        self, step: int, result: StepResult, step_seconds: float | None, wait_seconds: float, samples: int, spans: Sequence[Span]
+    ) -> None:
+        """Log a training step.
+
+        step_seconds: mean over the steps since the last logged one. wait_seconds: of these, this rank waited for its rows, mean too.
+        samples: read since the start. spans: what this rank computed when in the step.
+        """
         first = min((span.start for span in spans), default=math.inf)
         last = max((span.end for span in spans), default=-math.inf)
-        own = [peak_memory_bytes(self.mesh.device.type), busy(spans), first, last, clock_number(clock_name())]
-        peak_memory, busy_seconds, starts, ends, clocks = zip(*self.gather(own), strict=True)
+        own = [peak_memory_bytes(self.mesh.device.type), busy(spans), first, last, clock_number(clock_name()), wait_seconds]
+        peak_memory, busy_seconds, starts, ends, clocks, waits = zip(*self.gather(own), strict=True)
         if self.speaks:
             record = train_record(
                 step=step,
@@ -85,6 +91,7 @@ class Report:
                 peak_flops_per_second=self.config.hardware.peak_flops_per_second,
                 processes=self.mesh.world.size(),
                 bubble_fraction=bubble_fraction(busy_seconds, windows(starts, ends, clocks)),
+                data_wait_fraction=max(waits) / step_seconds if step_seconds else None,
                 peak_memory_bytes=int(max(peak_memory)),
             )
             self._log(record)
@@ -117,10 +124,11 @@ class Report:
             facts = {"layout": layout, "schedule": parallel.schedule, "micro_batches": parallel.micro_batches}
             write_trace(self.run_dir, step, on_one_clock(ranks), facts)
 
-    def evaluation(self, step: int, val_loss: float) -> None:
-        """Log an evaluation."""
+    def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Log an evaluation. losses: what `Trainer.evaluate` gives."""
         if self.speaks:
-            record = eval_record(step=step, val_loss=val_loss)
+            sets = {key: loss for key, loss in losses.items() if key != VAL_LOSS}
+            record = eval_record(step=step, val_loss=losses[VAL_LOSS], sets=sets)
             self._log(record)
             self.console.evaluation(record)
 
@@ -134,8 +142,16 @@ class Report:
         if self.speaks and text is not None:
             self.console.sample(text)
 
-    def finish(self, step: int, result: StepResult | None, val_loss: float | None, step_seconds: float | None, wall_seconds: float) -> None:
-        """Close the run as done; step_seconds: mean over the run."""
+    def finish(
+        self,
+        step: int,
+        result: StepResult | None,
+        samples: int,
+        val_loss: float | None,
+        step_seconds: float | None,
+        wall_seconds: float,
+    ) -> None:
+        """Close the run as done. samples: read since the start. step_seconds: mean over the run."""
         if not self.speaks:
             return
         write_status(self.run_dir, "done", step)
@@ -145,6 +161,7 @@ class Report:
             val_loss=val_loss,
             tokens_per_second=self.tokens_per_step / step_seconds if step_seconds else None,
             wall_seconds=wall_seconds,
+            reads=self.data.reads(samples),
             run_dir=self.run_dir,
         )
 

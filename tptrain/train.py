@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tptrain.checkpoint.folder import find_start
+from tptrain.checkpoint.folder import find_start, read_state
 from tptrain.checkpoint.sharded import load, save
-from tptrain.config import Config
-from tptrain.data.store import TokenStore
+from tptrain.config import Config, refuse
+from tptrain.data.dataset import VAL_LOSS, open_data
 from tptrain.data.tokenizers import load_tokenizer
 from tptrain.mesh import build_mesh, own_device
 from tptrain.monitor.peak_memory import reset_peak_memory
@@ -24,17 +24,17 @@ from tptrain.trainer import Trainer
 def train(config: Config, run_dir: Path, store_dir: Path) -> float | None:
     """Train on this rank until train.max_steps. Every rank of the job calls this, with the process group up.
 
-    config: resolved. store_dir: the token store. Returns the last validation loss in nats a token, or None.
+    config: resolved. store_dir: what `prepare` gave. Returns the last validation loss in nats a token, or None.
     """
     began = time.perf_counter()
     reset_peak_memory()
     device = own_device(config.hardware.device)
     mesh = build_mesh(config.parallel, device, config.launch.timeout_seconds)
-    store = TokenStore.open(store_dir)
-    trainer = Trainer(config, mesh, store.train.tokens, store.val.tokens, store.end_of_document)
+    trainer = Trainer(config, mesh, open_data(config, store_dir))
     resume(trainer, run_dir)
+    trainer.read_ahead()
     max_steps = config.train.max_steps
-    report = Report(config, mesh, trainer, run_dir, store)
+    report = Report(config, mesh, trainer, run_dir)
     timer, val_loss, result, done = StepTimer(), None, None, False
     try:
         timer.start()
@@ -50,20 +50,22 @@ def train(config: Config, run_dir: Path, store_dir: Path) -> float | None:
             timer.step()
             with timer.paused():
                 if logs:
-                    report.step(step, result, timer.take(), trainer.samples_done, trainer.spans)
+                    report.step(step, result, timer.take(), trainer.train_data.take_wait_seconds(), trainer.samples_done, trainer.spans)
                 if zero is not None:
                     report.trace(step, trainer.spans, zero)
                 if evaluates:
-                    val_loss = trainer.evaluate()
-                    report.evaluation(step, val_loss)
+                    losses = trainer.evaluate()
+                    val_loss = losses[VAL_LOSS]
+                    report.evaluation(step, losses)
                 if saves:
                     save_checkpoint(trainer, run_dir)
                     report.saved(step)
         if config.train.sample_tokens and result is not None:
             report.sample(write_text(trainer, config))
-        report.finish(trainer.steps_done, result, val_loss, timer.overall(), time.perf_counter() - began)
+        report.finish(trainer.steps_done, result, trainer.samples_done, val_loss, timer.overall(), time.perf_counter() - began)
         done = True
     finally:
+        trainer.close()
         report.close(done)
     return val_loss
 
@@ -80,14 +82,25 @@ def resume(trainer: Trainer, run_dir: Path) -> None:
         start[0] = find_start(trainer.config, run_dir)
     dist.broadcast_object_list(start, src=0, group=trainer.mesh.world, device=torch.device("cpu"))
     if start[0] is not None:
+        _check_same_data(trainer, start[0])
         state = load(start[0], trainer.share.parameters(), trainer.optimizer, trainer.mesh.world)
         trainer.share.repeat_tied(trainer.optimizer)
         trainer.steps_done, trainer.samples_done = state["step"], state["samples"]
 
 
+def _check_same_data(trainer: Trainer, start: Path) -> None:
+    """Refuse a checkpoint whose sample numbers stand for other text, as the sources had not as many tokens. An older one does not say."""
+    saved, found = read_state(start).get("train_tokens"), dict(trainer.data.train_tokens)
+    if saved is not None and saved != found:
+        had, has = (", ".join(f"{name} {count:,}" for name, count in tokens.items()) for tokens in (saved, found))
+        rule = f"has other text than {start}: training tokens {has}, but it was made with {had}"
+        raise refuse("data.source", trainer.config.data.source, rule, "use the same text, or another hydra.run.dir")
+
+
 def save_checkpoint(trainer: Trainer, run_dir: Path) -> None:
     """Write what a resume under any layout needs."""
     state = {"step": trainer.steps_done, "samples": trainer.samples_done, "config": asdict(trainer.config)}
+    state["train_tokens"] = dict(trainer.data.train_tokens)
     parameters = trainer.share.owned_parameters()
     save(run_dir, parameters, trainer.optimizer, state, trainer.config.checkpoint.keep, trainer.mesh.world)
 

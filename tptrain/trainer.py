@@ -10,14 +10,14 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tptrain.config import Config, refuse
-from tptrain.data.sampler import Sampler
-from tptrain.data.tokens import Tokens
+from tptrain.data.dataset import Data
+from tptrain.data.prefetch import Prefetch
+from tptrain.data.rows import Rows
 from tptrain.mesh import Mesh
 from tptrain.model.documents import RowDocuments, targets_within
 from tptrain.model.gpt import GPTStage
@@ -36,9 +36,6 @@ from tptrain.tensor_parallel.collectives import gather_from_group
 from tptrain.tensor_parallel.cross_entropy import IGNORE_INDEX
 from tptrain.tensor_parallel.parameter import DTYPES
 from tptrain.tensor_parallel.random import Stream
-
-_EVALUATION_SEED = 0
-"""The same for all runs: the held-out samples in a mixed order, so that a few batches already stand for all documents."""
 
 
 @dataclass
@@ -68,21 +65,15 @@ class StepResult:
 class Trainer:
     """This rank's share of the model, with its optimizer, its pipeline engine and its data."""
 
-    def __init__(
-        self,
-        config: Config,
-        mesh: Mesh,
-        train_tokens: np.ndarray | Tokens,
-        val_tokens: np.ndarray | Tokens,
-        end_of_document: int | None = None,
-    ) -> None:
-        """config: resolved. train_tokens, val_tokens: one-dimensional ids; only the ranks of the first and last stage read them, with
-        data.document_mask all do. end_of_document: the id that ends each document. Raises ConfigError where the mask needs it.
+    def __init__(self, config: Config, mesh: Mesh, data: Data) -> None:
+        """config: resolved. data: only the ranks of the first and last stage read it, with data.document_mask all do.
+
+        Raises ConfigError where the mask has no id that ends documents.
         """
-        if config.data.document_mask and end_of_document is None:
+        if config.data.document_mask and data.end_of_document is None:
             rule = "needs an id that ends documents, and the data has none"
             raise refuse("data.document_mask", True, rule, "use data.document_mask=false")
-        self.separator = end_of_document if config.data.document_mask else None
+        self.separator = data.end_of_document if config.data.document_mask else None
         self.documents: list[RowDocuments] | None = None  # of the micro-batches read last, where they are kept apart
         self.config, self.mesh = config, mesh
         self.dtype = DTYPES[config.train.precision]
@@ -93,8 +84,8 @@ class Trainer:
         self.optimizer = build_optimizer(config.optimizer, self.share.modules)
         self.engine = self._engine(config.parallel.micro_batch_size, config.data.seq_len)
 
-        self.train_data = Sampler(train_tokens, config.data.seq_len, config.seed)
-        self.val_data = Sampler(val_tokens, config.data.seq_len, _EVALUATION_SEED) if config.train.eval_steps != 0 else None
+        self.data = data
+        self.train_data = Prefetch(data.train, config.batch_size)
         self.steps_done = 0
         self.samples_done = 0
 
@@ -127,6 +118,15 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return StepResult(totals, lr)
+
+    def read_ahead(self) -> None:
+        """Begin to read what the next step needs, in the background; each step does so for those after it."""
+        if self._takes_rows and self.mesh.tp_rank == 0:  # who passes them on to the tp group
+            self.train_data.begin(*self._own_rows(self.samples_done))
+
+    def close(self) -> None:
+        """Stop reading."""
+        self.train_data.close()
 
     @property
     def spans(self) -> list[Span]:
@@ -166,25 +166,32 @@ class Trainer:
 
     # ---- evaluation and sampling ---------------------------------------------------------------------------
 
-    def evaluate(self) -> float:
-        """Mean loss in nats a token over eval_steps global batches of the validation data (null: all of it): always the same samples."""
-        parallel, batch = self.config.parallel, self.config.batch_size
-        actions = with_transfers(forward_only(self.ranks, parallel.micro_batches))[self.mesh.pp_rank]
-        totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        assert self.val_data is not None, "train.eval_steps is 0"
+    def evaluate(self) -> dict[str, float]:
+        """Mean losses in nats a token by their keys in metrics.jsonl, `val_loss` first.
+
+        Each is over eval_steps global batches of its validation set (null: all of it): always the same samples.
+        """
+        assert self.data.validation, "train.eval_steps is 0"
         self.share.begin(training=False)
-        samples = self.val_data.samples_per_epoch
-        steps = self.config.train.eval_steps
-        for first in range(0, samples if steps is None else min(steps * batch, samples), batch):
-            inputs, targets = self._micro_batches(self.val_data, first, samples)
-            for loss, target in zip(self.engine.infer(actions, inputs, targets), targets or (), strict=False):
-                totals += torch.stack((loss.double(), (target != IGNORE_INDEX).sum().double()))
+        totals = torch.stack([self._evaluate(rows) for rows in self.data.validation.values()])
         self.share.release()
         if self.mesh.tp_rank > 0:
             totals.zero_()
         if self.mesh.world.size() > 1:
             dist.all_reduce(totals, group=self.mesh.world)
-        return float(totals[0] / totals[1])
+        return self.data.mean(dict(zip(self.data.validation, (totals[:, 0] / totals[:, 1]).tolist(), strict=True)))
+
+    def _evaluate(self, data: Rows) -> Tensor:
+        """This rank's part of one validation set, fp64 [2]: summed loss in nats, tokens."""
+        batch, steps, samples = self.config.batch_size, self.config.train.eval_steps, data.samples_per_epoch
+        assert samples is not None, "a validation set has an end"
+        actions = with_transfers(forward_only(self.ranks, self.config.parallel.micro_batches))[self.mesh.pp_rank]
+        totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        for first in range(0, samples if steps is None else min(steps * batch, samples), batch):
+            inputs, targets = self._micro_batches(data, first, samples)
+            for loss, target in zip(self.engine.infer(actions, inputs, targets), targets or (), strict=False):
+                totals += torch.stack((loss.double(), (target != IGNORE_INDEX).sum().double()))
+        return totals
 
     @torch.no_grad()
     def sample(self, prompt: list[int], count: int, end: int, temperature: float = 0.8) -> list[int]:
@@ -223,17 +230,26 @@ class Trainer:
             {number: partial(self._run_stage, stage) for number, stage in self.share.stages.items()}, self.ranks, transfer
         )
 
-    def _micro_batches(self, data: Sampler, first: int, limit: int | None = None) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    @property
+    def _takes_rows(self) -> bool:
+        """Whether this rank needs its dp rank's rows: for inputs, for targets, or for where documents end."""
+        return self.share.is_first or self.share.is_last or self.separator is not None
+
+    def _own_rows(self, first: int) -> tuple[int, int]:
+        """First sample and count of this dp rank's share of the global batch that starts at sample `first`."""
+        rows = self.config.batch_size // self.mesh.dp_size
+        return first + rows * self.mesh.dp_rank, rows
+
+    def _micro_batches(self, data: Rows, first: int, limit: int | None = None) -> tuple[list[Tensor] | None, list[Tensor] | None]:
         """Inputs and targets of this dp rank's share of the global batch that starts at sample `first`.
 
         Two lists of [micro_batch_size, seq_len], or None on ranks that read no data. Samples from `limit` on are
         stand-ins whose targets count for nothing. With data.document_mask every stage needs the documents, which are left in
         `documents`.
         """
-        if not (self.share.is_first or self.share.is_last or self.separator is not None):
+        if not self._takes_rows:
             return None, None
-        rows = (self.config.batch_size) // self.mesh.dp_size
-        first += rows * self.mesh.dp_rank
+        first, rows = self._own_rows(first)
         batch = torch.full((rows, self.config.data.seq_len + 1), IGNORE_INDEX, device=self.mesh.device)
         if self.mesh.tp_rank == 0:
             present = rows if limit is None else max(0, min(rows, limit - first))

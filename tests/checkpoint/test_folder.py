@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support import small_config
 from tptrain.checkpoint.folder import checkpoint_folder, complete_checkpoints, find_start, partial_folder, publish, read_state, rotate
-from tptrain.config import ConfigError
+from tptrain.config import Config, ConfigError, DataConfig
+from tptrain.data_config import MixturePart, SourceConfig
 
 
 def write(run_dir: Path, step: int) -> Path:
@@ -68,3 +71,62 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
     config.checkpoint.resume = str(tmp_path)
     with pytest.raises(ConfigError, match=r"checkpoint.resume=.* is no checkpoint folder: use auto, never or the path of"):
         find_start(config, tmp_path)
+
+
+def mixed(**changes: Any) -> Config:
+    """A mixture of two sources, of which `code` has some other values."""
+    config = small_config()
+    wiki = MixturePart("jsonl", path="wiki.jsonl", weight=0.7)
+    config.data = DataConfig("mixture", seq_len=16, mixture={"wiki": wiki, "code": MixturePart("text", **{"path": "code", **changes})})
+    return config
+
+
+def start_of(asked: Config, saved: Config, folder: Path) -> str:
+    """What comes of resuming a run of `saved` as `asked`: empty, or the refusal."""
+    partial = partial_folder(checkpoint_folder(folder, 5))
+    partial.mkdir(parents=True)
+    publish(partial, json.loads(json.dumps({"step": 5, "config": asdict(saved)})))
+    try:
+        find_start(asked, folder)
+    except ConfigError as error:
+        return str(error).replace(str(folder), "RUN")
+    return ""
+
+
+def test_a_run_goes_on_with_the_same_data_only(tmp_path: Path) -> None:
+    end = "of RUN/checkpoints/step-00000005: use"
+    other = "or another hydra.run.dir"
+    expected = "data.mixture.code.weight=0.5 differs from 1.0 " + end + " data.mixture.code.weight=1.0, " + other
+    assert start_of(mixed(weight=0.5), mixed(), tmp_path / "weight") == expected
+    asked = mixed()
+    asked.data.temperature = 2.0
+    expected = f"data.temperature=2.0 differs from 1.0 {end} data.temperature=1.0, {other}"
+    assert start_of(asked, mixed(), tmp_path / "temperature") == expected
+    asked = mixed()
+    asked.data.mixture["books"] = MixturePart("text", path="books")
+    expected = f"data.mixture=[books,code,wiki] differs from [code,wiki] {end} data.mixture=[code,wiki], {other}"
+    assert start_of(asked, mixed(), tmp_path / "more") == expected
+    asked = mixed()
+    asked.data.tokenizer.end_token = "<end>"
+    assert start_of(asked, mixed(), tmp_path / "token").startswith("data.tokenizer.end_token=<end> differs from null of ")
+    asked.data.tokenizer.end_token = None
+    asked.data.val_fraction = 0.5
+    assert start_of(asked, mixed(), tmp_path / "fraction").startswith("data.val_fraction=0.5 differs from 0.05 of ")
+
+
+def test_what_may_change_between_two_starts(tmp_path: Path) -> None:
+    asked = mixed(path="moved/code", revision="v1")
+    asked.data.mixture = dict(reversed(asked.data.mixture.items()))
+    asked.data.val_sets = {"books": SourceConfig("text", path="books")}
+    asked.data.num_proc, asked.data.store_dir, asked.data.document_mask = 3, "elsewhere", True
+    assert start_of(asked, mixed(), tmp_path) == ""
+
+
+def test_an_older_checkpoint_may_lack_keys(tmp_path: Path) -> None:
+    partial = partial_folder(checkpoint_folder(tmp_path, 5))
+    partial.mkdir(parents=True)
+    saved = asdict(small_config())
+    for name in ("mixture", "temperature", "streaming", "tokenizer"):
+        del saved["data"][name]
+    final = publish(partial, {"step": 5, "config": saved})
+    assert find_start(small_config(), tmp_path) == final

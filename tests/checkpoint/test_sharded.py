@@ -48,6 +48,7 @@ def whole_state(trainer: Any) -> dict[str, np.ndarray]:
 
 def walk(rank: int, folder: Path, base: dict[str, Any]) -> list[dict[str, Any]]:
     """Train and save under the first layout; load under each other one, and save again there for the next."""
+    from tptrain.data.dataset import Data
     from tptrain.mesh import build_mesh
     from tptrain.train import resume, save_checkpoint
     from tptrain.trainer import Trainer
@@ -56,7 +57,7 @@ def walk(rank: int, folder: Path, base: dict[str, Any]) -> list[dict[str, Any]]:
     for number, layout in enumerate(LAYOUTS):
         config = config_of(layout, base)
         tokens = skewed_tokens(2000, config.model.vocab_size)
-        trainer = Trainer(config, build_mesh(config.parallel, torch.device("cpu"), 60), tokens, tokens)
+        trainer = Trainer(config, build_mesh(config.parallel, torch.device("cpu"), 60), Data.of_tokens(config, tokens))
         if number == 0:
             for _ in range(3):
                 trainer.step()

@@ -84,6 +84,12 @@ def test_an_evaluation_is_one_line(config):
     assert file.getvalue() == "eval   200/600  loss 2.2812  perplexity 9.7884\n"
 
 
+def test_an_evaluation_names_its_sets(config):
+    console, file = make(config)
+    console.evaluation({"step": 200, "val_loss": 2.2812, "val_perplexity": 9.7884, "val_loss/wiki": 2.1034, "val_loss/code": None})
+    assert file.getvalue() == "eval   200/600  loss 2.2812  perplexity 9.7884  wiki 2.1034  code -\n"
+
+
 @pytest.mark.parametrize("width", [60, 20])
 @pytest.mark.parametrize("options", [{}, {"force_terminal": True, "force_interactive": True}], ids=["plain", "terminal"])
 def test_text_from_outside_is_shown_as_it_is(config, width, options):

@@ -21,14 +21,18 @@ KNOWN = {
     "peak_flops_per_second": 1e15,
     "processes": 4,
     "bubble_fraction": 0.25,
+    "data_wait_fraction": 0.004,
     "peak_memory_bytes": 123,
 }
 
 
 def test_a_training_record_has_the_contract_s_keys_in_order():
     record = train_record(**KNOWN)
-    keys = ["step", "tokens", "loss", "grad_norm", "lr", "step_time", "tokens_per_second", "mfu", "bubble_fraction", "peak_memory_bytes"]
-    assert list(record) == keys
+    assert list(record) == [
+        "step", "tokens", "loss", "grad_norm", "lr", "step_time", "tokens_per_second", "mfu", "bubble_fraction", "data_wait_fraction",
+        "peak_memory_bytes",
+    ]  # fmt: skip
+    assert record["data_wait_fraction"] == 0.004
     assert (record["bubble_fraction"], record["peak_memory_bytes"]) == (0.25, 123)
     assert record["tokens_per_second"] == 8192  # 4096 tokens in half a second
     assert record["mfu"] == pytest.approx(6e9 * 8192 / (4 * 1e15))
@@ -77,6 +81,8 @@ def test_an_evaluation_record():
     assert eval_record(step=5, val_loss=math.log(7)) == {"step": 5, "val_loss": math.log(7), "val_perplexity": pytest.approx(7)}
     assert eval_record(step=5, val_loss=1e4)["val_perplexity"] is None
     assert eval_record(step=5, val_loss=None) == {"step": 5, "val_loss": None, "val_perplexity": None}
+    record = eval_record(step=5, val_loss=0.0, sets={"val_loss/wiki": 1.0, "val_loss/code": None})
+    assert record == {"step": 5, "val_loss": 0.0, "val_perplexity": 1.0, "val_loss/wiki": 1.0, "val_loss/code": None}
 
 
 def test_what_is_not_finite_becomes_null_and_each_line_is_there_at_once(tmp_path):

@@ -16,17 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from tptrain.config import Config, refuse
+from tptrain.config_error import as_text
 from tptrain.files import sync_folder, write_atomically
 
 _COMPLETE = re.compile(r"step-(\d{8})")
 STATE_FILE = "state.json"
+_MAY_CHANGE = ("path", "revision")
+"""Of a mixture's source and of a tokenizer: text may have moved, and a revision may have been pinned. There must still be as much of it."""
 _MUST_EQUAL = {
     "model": (
         "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_hidden_size", "max_seq_len",
         "position", "norm", "activation", "bias", "tie_embeddings", "rope_theta", "norm_eps",
     ),
     "optimizer": ("name", "momentum"),
-    "data": ("source", "seq_len"),
+    "data": (
+        "source", "seq_len", "name", "subset", "split", "text_column", "tokenizer", "val_fraction", "mixture", "temperature", "streaming",
+        "stream_lanes", "shuffle_buffer", "val_documents",
+    ),
 }  # fmt: skip
 
 
@@ -72,7 +78,8 @@ def find_start(config: Config, run_dir: Path) -> Path | None:
 def _check_same_training(config: Config, start: Path) -> None:
     """Refuse a checkpoint whose tensors or sample numbers mean something else under this config."""
     for key, asked, saved in differences(config, start, _MUST_EQUAL):
-        raise refuse(key, asked, f"differs from {saved} of {start}", f"use {key}={saved}, or another hydra.run.dir")
+        rule, remedy = f"differs from {as_text(saved)} of {start}", f"use {key}={as_text(saved)}, or another hydra.run.dir"
+        raise refuse(key, asked, rule, remedy)
 
 
 def differences(config: Config, folder: Path, groups: Iterable[str]) -> Iterator[tuple[str, Any, Any]]:
@@ -80,8 +87,21 @@ def differences(config: Config, folder: Path, groups: Iterable[str]) -> Iterator
     saved, asked = read_state(folder)["config"], asdict(config)
     for group in groups:
         for name in _MUST_EQUAL[group]:
-            if asked[group][name] != saved[group].get(name, asked[group][name]):  # an older checkpoint may lack a key
-                yield f"{group}.{name}", asked[group][name], saved[group][name]
+            if name in saved[group]:  # an older checkpoint may lack a key
+                yield from _differing(f"{group}.{name}", asked[group][name], saved[group][name])
+
+
+def _differing(key: str, asked: Any, saved: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The keys, of several within `key` where it is a group, whose values differ. A group with other names differs as a whole."""
+    if not (isinstance(asked, dict) and isinstance(saved, dict)):
+        if asked != saved:
+            yield key, asked, saved
+    elif asked.keys() != saved.keys():
+        yield key, sorted(asked), sorted(saved)
+    else:
+        for name in asked:
+            if name not in _MAY_CHANGE or isinstance(asked[name], dict):  # which would be a source of that name
+                yield from _differing(f"{key}.{name}", asked[name], saved[name])
 
 
 def publish(partial: Path, state: dict[str, Any]) -> Path:

@@ -7,15 +7,26 @@
     shards       a range of documents -> files of ids; in several processes by `tokenise` and `workers`
     build        `build_store`: find the store of a source or make it, once; `repair` for one that is damaged
     store        the ids on disk, memory-mapped (`tokens`): one folder that is whole or absent
-    prepare      `prepare`: refuse, find or build the store; once, before ranks start
-    sampler      `Sampler`: which window of the store is sample number g of the run
+    prepare      `prepare`: refuse, find or build all stores of a run; once, before ranks start
+    stores       which stores those are: the folder that `prepare` hands to the ranks
+    sampler      `Sampler`: which window of a store is sample number g
+    mixture      `Mixture`: which source's which sample is sample number g
+    dataset      `open_data`: the samples that a run trains and evaluates on
+    prefetch     `Prefetch`: reads them in the background
 
 Nothing here imports torch: a bad `data.path` is refused before anything slow begins.
 """
 
+from tptrain.data.dataset import Data, open_data
+from tptrain.data.mixture import Mixture
+from tptrain.data.prefetch import Prefetch
 from tptrain.data.prepare import prepare
+from tptrain.data.rows import Rows
 from tptrain.data.sampler import Sampler, permute
 from tptrain.data.store import Split, StoreError, TokenStore
 from tptrain.data.tokenizers import ByteTokenizer, load_tokenizer
 
-__all__ = ["ByteTokenizer", "Sampler", "Split", "StoreError", "TokenStore", "load_tokenizer", "permute", "prepare"]
+__all__ = [
+    "ByteTokenizer", "Data", "Mixture", "Prefetch", "Rows", "Sampler", "Split", "StoreError", "TokenStore",
+    "load_tokenizer", "open_data", "permute", "prepare",
+]  # fmt: skip

@@ -1,59 +1,159 @@
-"""`prepare`: from a config to the folder of a token store, once, before any rank starts.
+"""`prepare`: from a config to the token stores of a run, once, before any rank starts.
 
-In this order, so that the quick refusals come first: does the data exist, does its vocabulary fit the model, is there a
-finished store (milliseconds), can one be made, is the text UTF-8; only then `datasets` is imported and ids are written.
+In this order, so that the quick refusals come first: is every source there, does the vocabulary fit the model; then the
+tokenizer, which may have to be trained; then the store of each source, found in milliseconds or built; then its length.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from tptrain.config import Config, refuse
+from tptrain.config import Config
+from tptrain.config_error import refuse
 from tptrain.data.build import build_store
-from tptrain.data.sources import open_source
-from tptrain.data.store import TokenStore
-from tptrain.data.tokenizers import ByteTokenizer, load_tokenizer
+from tptrain.data.dataset import is_held_out
+from tptrain.data.mixture import PERIOD, shares_of, slots_of
+from tptrain.data.sources import Source, open_source
+from tptrain.data.store import Split, TokenStore
+from tptrain.data.stores import Stores
+from tptrain.data.tokenizers import Tokenizer
+from tptrain.data.train_tokenizer import obtain_tokenizer
+from tptrain.data_config import DataConfig, SourceConfig
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One source that the run reads."""
+
+    name: str
+    keys: str
+    """Where it stands in the config: `data`, `data.mixture.wiki`, `data.val_sets.books`."""
+    config: SourceConfig
+    source: Source | None
+    """None for memorize."""
+
+    @staticmethod
+    def open(name: str, keys: str, config: SourceConfig, split: str | None = None) -> _Part:
+        """Raises ConfigError where the source is not there."""
+        return _Part(name, keys, config, None if config.source == "memorize" else open_source(config, keys, split))
 
 
 def prepare(config: Config, report: Callable[[str], None] = print) -> Path:
-    """Check what `config.data` asks for, find or build its token store, and return the store's absolute folder.
+    """Check what `config.data` asks for, find or build its token stores, and return the absolute folder that `open_data` takes.
 
     report: called with a line at a time on what is done.
     Raises ConfigError for data that is missing, unreadable, not UTF-8 text, too short for one sequence or beyond the
     model's vocabulary, and for a data.store_dir that cannot hold a store.
     """
     data = config.data
-    source = None if data.source == "memorize" else open_source(data)
-    tokenizer = load_tokenizer(data)
+    if data.streaming:
+        raise refuse("data.streaming", True, "cannot be read yet", "use data.streaming=false")
+    train, val_split, val_sets = _open_parts(config)
+    _check_shares(data)
+    _check_ids(config, [*train, *val_split, *val_sets])
+    tokenizer = obtain_tokenizer(data, [part.source for part in train if part.source is not None], report)
     _check_vocabulary(config, tokenizer)
-    folder = build_store(data, source, tokenizer, data, data.val_fraction, report)
-    _check_length(config, TokenStore.open(folder))
+
+    def build(part: _Part, val_fraction: float) -> Path:
+        return build_store(part.config, part.source, None if part.source is None else tokenizer, data, val_fraction, report)
+
+    stores = Stores(
+        {part.name: build(part, data.val_fraction if is_held_out(data) else 0.0) for part in train},
+        next((build(part, 0.0) for part in val_split), None),
+        {part.name: build(part, 0.0) for part in val_sets},
+    )
+    _check_lengths(config, stores)
+    return stores.only or _keep(stores, data, tokenizer)
+
+
+def _open_parts(config: Config) -> tuple[list[_Part], list[_Part], list[_Part]]:
+    """What is trained on, the split that is evaluated on, if any, and the further validation sets."""
+    data = config.data
+    if data.source == "mixture":
+        train = [_Part.open(name, f"data.mixture.{name}", part) for name, part in data.mixture.items()]
+    else:
+        train = [_Part.open(data.source, "data", data)]
+    if config.train.eval_steps == 0:
+        return train, [], []
+    val_split = [_Part.open(data.source, "data", data, data.val_split)] if data.val_split is not None else []
+    return train, val_split, [_Part.open(name, f"data.val_sets.{name}", part) for name, part in data.val_sets.items()]
+
+
+def _keep(stores: Stores, data: DataConfig, tokenizer: Tokenizer | None) -> Path:
+    """Write the folder that names the stores."""
+    parent = Path(data.store_dir).expanduser().absolute()
+    fingerprint = hashlib.sha256(stores.text(parent / "set").encode()).hexdigest()
+    folder = parent / f"set-{fingerprint[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    stores.save(folder)
     return folder
 
 
-def _check_vocabulary(config: Config, tokenizer: ByteTokenizer | None) -> None:
-    """Whether the model has a row for each id."""
-    rows, data = config.model.vocab_size, config.data
-    if tokenizer is None and data.vocab_size > rows:
-        raise refuse("data.vocab_size", data.vocab_size, f"is above model.vocab_size={rows}",
-                     f"use data.vocab_size={rows} or less, or model.vocab_size={data.vocab_size} or more")  # fmt: skip
+# ---- refusals ------------------------------------------------------------------------------------------------
+
+
+def _check_shares(data: DataConfig) -> None:
+    """Whether each source of a mixture gives at least one sample in a period."""
+    if data.source != "mixture":
+        return
+    shares = shares_of({name: part.weight for name, part in data.mixture.items()}, data.temperature)
+    for name, slots in zip(shares, slots_of(list(shares.values())), strict=True):
+        if not slots:
+            rule = f"is a share of {shares[name]:.1e}, less than one sample in {PERIOD:,}"
+            raise refuse(f"data.mixture.{name}.weight", data.mixture[name].weight, rule, "use a larger weight, or leave the source away")
+
+
+def _check_ids(config: Config, parts: list[_Part]) -> None:
+    """Whether the model has a row for each id that is drawn, and for each of a vocabulary that is to be learned."""
+    rows = config.model.vocab_size
+    for part in parts:
+        drawn = part.config.vocab_size
+        if part.source is None and drawn > rows:
+            raise refuse(f"{part.keys}.vocab_size", drawn, f"is above model.vocab_size={rows}",
+                         f"use {part.keys}.vocab_size={rows} or less, or model.vocab_size={drawn} or more")  # fmt: skip
+    wanted = config.data.tokenizer.vocab_size
+    if config.data.tokenizer.name == "train" and wanted > rows and any(part.source is not None for part in parts):
+        raise refuse("model.vocab_size", rows, f"is below data.tokenizer.vocab_size={wanted}",
+                     f"use model.vocab_size={wanted} or more, or data.tokenizer.vocab_size={rows} or less")  # fmt: skip
+
+
+def _check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
+    """Whether the model has a row for each of the tokenizer's ids."""
+    rows = config.model.vocab_size
     if tokenizer is not None and tokenizer.vocab_size > rows:
         raise refuse("model.vocab_size", rows, f"is below the {tokenizer.name} tokenizer's {tokenizer.vocab_size} ids",
                      f"use model.vocab_size={tokenizer.vocab_size} or more")  # fmt: skip
 
 
-def _check_length(config: Config, store: TokenStore) -> None:
-    """Whether each split that will be read has one sequence; with eval_steps=0 the validation split is not read."""
-    data, needed = config.data, config.data.seq_len + 1
+def _check_lengths(config: Config, stores: Stores) -> None:
+    """Whether each split that is read has one sequence; with eval_steps=0 no validation split is."""
+    data = config.data
+    for name, path in stores.train.items():
+        store = TokenStore.open(path)
+        of_source = f" of {name}" if data.source == "mixture" else ""
+        _check_length(data, store.train, "data.seq_len", data.seq_len, f"is too long for the train split{of_source}", "")
+        if config.train.eval_steps != 0 and (is_held_out(data) or not (stores.val_split or stores.val_sets)):
+            rule = f"leaves the val split{of_source}"
+            _check_length(data, store.val, "data.val_fraction", data.val_fraction, rule, "a larger data.val_fraction, ")
+    if stores.val_split is not None:
+        _check_length(data, TokenStore.open(stores.val_split).train, "data.val_split", data.val_split, "has", "another split, ")
+    for name, path in stores.val_sets.items():
+        key, split = f"data.val_sets.{name}", TokenStore.open(path).train
+        _check_length(data, split, key, data.val_sets[name].source, "has", "another source, ")
+
+
+def _check_length(data: DataConfig, split: Split, key: str, value: object, rule: str, remedy: str) -> None:
+    """Refuse a split shorter than one sequence. remedy: what else than a shorter sequence or more text would do."""
+    found, needed = split.num_tokens, data.seq_len + 1
+    if found >= needed:
+        return
     sum_text = f"a sequence needs data.seq_len + 1 = {needed}"
-    if store.train.num_tokens < needed:
-        found = store.train.num_tokens
-        shorter = f"data.seq_len={found - 1} or less, or " if found > 1 else ""
-        raise refuse("data.seq_len", data.seq_len, f"is too long for the train split: {sum_text} tokens, and it has {found}",
-                     f"use {shorter}more text")  # fmt: skip
-    found = store.val.num_tokens
-    if config.train.eval_steps != 0 and found < needed:
-        shorter = f"data.seq_len={found - 1} or less, " if found > 1 else ""
-        raise refuse("data.val_fraction", data.val_fraction, f"leaves the val split {found} tokens, but {sum_text}",
-                     f"use a larger data.val_fraction, {shorter}more text, or train.eval_steps=0")  # fmt: skip
+    shorter = f"data.seq_len={found - 1} or less, " if found > 1 else ""
+    if key == "data.seq_len":
+        raise refuse(key, value, f"{rule}: {sum_text} tokens, and it has {found}", f"use {shorter}{'or ' * bool(shorter)}more text")
+    raise refuse(key, value, f"{rule} {found} tokens, but {sum_text}", f"use {remedy}{shorter}more text, or train.eval_steps=0")

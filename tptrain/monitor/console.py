@@ -3,7 +3,7 @@
 On a terminal one live line stays at the bottom; elsewhere each record is one aligned line:
 
     step   120/600  loss 2.3456  grad 0.91  lr 9.8e-04  12.3k tok/s  ETA 0:45
-    eval   200/600  loss 2.2812  perplexity 9.79
+    eval   200/600  loss 2.2812  perplexity 9.79  wiki 2.1034  code 2.6961
 
 Under a pipeline `bubble  11 %` follows the speed: the ranks' time without work.
 
@@ -26,6 +26,9 @@ from tptrain.monitor.banner import LABEL_WIDTH, banner_rows
 from tptrain.monitor.log import prepare_logger
 from tptrain.monitor.metrics import Record
 from tptrain.monitor.text import compact, duration, fixed, harmless
+
+_SET = "val_loss/"
+"""Before the name of a validation set, in a record."""
 
 
 class Console:
@@ -71,7 +74,8 @@ class Console:
     def evaluation(self, record: Record) -> None:
         """Show an evaluation record."""
         loss, perplexity = fixed(record.get("val_loss"), 6), fixed(record.get("val_perplexity"), 6).strip()
-        self._line(f"{self._place('eval', record['step'])}  loss {loss}  perplexity {perplexity}", style="cyan")
+        sets = "".join(f"  {key.removeprefix(_SET)} {fixed(record[key], 6).strip()}" for key in record if key.startswith(_SET))
+        self._line(f"{self._place('eval', record['step'])}  loss {loss}  perplexity {perplexity}{sets}", style="cyan")
 
     def say(self, text: str) -> None:
         """Show a text, above the live line."""
@@ -94,6 +98,7 @@ class Console:
         val_loss: float | None = None,
         tokens_per_second: float | None = None,
         wall_seconds: float | None = None,
+        reads: str = "",
         run_dir: Path | str | None = None,
     ) -> None:
         """Close the live line and show how the run ended; what is None is left out."""
@@ -106,6 +111,8 @@ class Console:
         shown += [f"{compact(tokens_per_second)} tok/s"] if tokens_per_second is not None else []
         if shown:
             self._row("", "  ".join(shown))
+        if reads:
+            self._row("has read", reads)
         if run_dir is not None:
             self._row("run folder", str(run_dir))
 

@@ -1,7 +1,7 @@
 """`metrics.jsonl`: one JSON object a logged step, the truth about a run's numbers.
 
     {"step": 10, "tokens": 81920, "loss": 4.1, ..., "mfu": null, "peak_memory_bytes": 412000256}
-    {"step": 200, "val_loss": 2.3, "val_perplexity": 9.97}
+    {"step": 200, "val_loss": 2.3, "val_perplexity": 9.97, "val_loss/wiki": 2.1, "val_loss/code": 2.7}
 
 A number that is not known, or not finite, is null. A run resumed from step s logs the steps after s again, so
 the file is first cut back to s.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,15 @@ def train_record(
     peak_flops_per_second: float | None,
     processes: int,
     bubble_fraction: float | None,
+    data_wait_fraction: float | None,
     peak_memory_bytes: int | None,
 ) -> Record:
     """The record of a logged training step.
 
     tokens: read since the first step of training. step_time: seconds per step, mean over the steps since the last
     record. tokens_per_step: of the global batch, so that tokens_per_second counts the whole job.
-    peak_flops_per_second: of one device. bubble_fraction: of the logged step itself, as measured. peak_memory_bytes: the largest
-    over ranks.
+    peak_flops_per_second: of one device. bubble_fraction: of the logged step itself, as measured. data_wait_fraction: of the step time,
+    waited for what is to be read, over the same steps; like peak_memory_bytes the largest over ranks.
     """
     tokens_per_second = tokens_per_step / step_time if step_time else None
     return {
@@ -83,17 +84,21 @@ def train_record(
         "tokens_per_second": tokens_per_second,
         "mfu": mfu(model_flops_per_token, tokens_per_second, peak_flops_per_second, processes),
         "bubble_fraction": bubble_fraction,
+        "data_wait_fraction": data_wait_fraction,
         "peak_memory_bytes": peak_memory_bytes,
     }
 
 
-def eval_record(*, step: int, val_loss: float | None) -> Record:
-    """The record of an evaluation. val_loss: mean nats a token; the perplexity is its exponential."""
+def eval_record(*, step: int, val_loss: float | None, sets: Mapping[str, float | None] | None = None) -> Record:
+    """The record of an evaluation. val_loss: mean nats a token; the perplexity is its exponential.
+
+    sets: the losses of named validation sets by their keys, `val_loss/NAME`.
+    """
     try:
         perplexity = None if val_loss is None else math.exp(val_loss)
     except OverflowError:
         perplexity = None
-    return {"step": step, "val_loss": val_loss, "val_perplexity": perplexity}
+    return {"step": step, "val_loss": val_loss, "val_perplexity": perplexity, **(sets or {})}
 
 
 def mfu(
