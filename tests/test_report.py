@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,7 +167,7 @@ def train_on_own_clock(rank: int, config: Config, run_dir: Path, store_dir: Path
     train(config, run_dir, store_dir)
 
 
-def test_a_mixture_is_reported_source_by_source(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_mixture_is_reported_source_by_source(tmp_path: Path) -> None:
     """Two sources and a further validation set, through the files and the terminal, on ranks that share the reading."""
     config = small_config(data__store_dir=str(tmp_path / "stores"), parallel__tp=2, train__max_steps=3, train__eval_every=2)
     config.data = replace(
@@ -173,7 +175,7 @@ def test_a_mixture_is_reported_source_by_source(tmp_path: Path, capfd: pytest.Ca
         mixture={name: MixturePart("memorize", num_sequences=30, vocab_size=size, weight=weight)
                  for name, size, weight in (("many", 200, 3.0), ("few", 10, 1.0))},
     )  # fmt: skip
-    run_ranks(2, train_all, config, tmp_path / "run", prepare(config))
+    shown, silent = run_ranks(2, train_all, config, tmp_path / "run", prepare(config))
     records = read_metrics(tmp_path / "run")
     evaluations = [record for record in records if "val_loss" in record]
     assert [record["step"] for record in evaluations] == [2, 3]
@@ -182,10 +184,13 @@ def test_a_mixture_is_reported_source_by_source(tmp_path: Path, capfd: pytest.Ca
         assert record["val_loss"] == pytest.approx(0.75 * record["val_loss/many"] + 0.25 * record["val_loss/few"])
     assert evaluations[-1]["val_loss/few"] < evaluations[-1]["val_loss/many"], "ten ids are guessed sooner than 200"
     assert all(0 <= record["data_wait_fraction"] < 1 for record in records if "loss" in record)
-    shown = capfd.readouterr().out
+    assert not silent
     assert "data        mixture: 962 tokens, 962 held out, 81 in noise\n" in shown
     assert shown.count("few 25.0 % 0.2 epochs, many 75.0 % 0.6 epochs\n") == 2, "24 samples: 6 and 18 of 30, foretold and read"
 
 
-def train_all(rank: int, config: Config, run_dir: Path, store_dir: Path) -> None:
-    train(config, run_dir, store_dir)
+def train_all(rank: int, config: Config, run_dir: Path, store_dir: Path) -> str:
+    """What this rank prints."""
+    with redirect_stdout(StringIO()) as shown:
+        train(config, run_dir, store_dir)
+    return shown.getvalue()
