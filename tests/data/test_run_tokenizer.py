@@ -68,7 +68,7 @@ def test_another_than_bytes(folders: dict[str, Path], tmp_path: Path) -> None:
     run_dir = run_of(data_of("byte"), tmp_path)
     start = run_dir / "checkpoints" / "step-00000010"
     keep_tokenizer(data_of("byte"), tmp_path / "store", run_dir, start)
-    with pytest.raises(ConfigError, match="was trained with: use data.tokenizer.name=byte "):
+    with pytest.raises(ConfigError, match=r"was trained with: use data.tokenizer.name=byte "):
         keep_tokenizer(data_of(folders["metaspace"]), tmp_path / "store", run_dir, start)
     (run_dir / "config.yaml").unlink()
     keep_tokenizer(data_of(folders["metaspace"]), tmp_path / "store", tmp_path / "new", start)  # a checkpoint apart from its run

@@ -69,7 +69,8 @@ def byte_pairs(texts: list[str], size: int) -> set[bytes]:
         for pieces, count in counts.items():
             for pair in pairwise(pieces):
                 pairs[pair] += count
-        best = [pair for pair, count in pairs.items() if count == max(pairs.values())]
+        most = max(pairs.values())
+        best = [pair for pair, count in pairs.items() if count == most]
         assert len(best) == 1, "the test's text has no ties"
         joined, merged = Counter[tuple[bytes, ...]](), best[0]
         for pieces, count in counts.items():
@@ -87,19 +88,19 @@ def byte_pairs(texts: list[str], size: int) -> set[bytes]:
 
 def test_it_is_a_byte_level_bpe(tmp_path: Path) -> None:
     """The tokens are those of the algorithm as it is written in a textbook, over words as GPT-2 cuts them."""
-    draw = random.Random(1)
+    draw = random.Random(5)  # whose pairs have no ties
     letters = "etaoinsrhld\u0430\u0435\u7d20\u7d22\u7d2847='\n "
-    texts = ["".join(draw.choices(letters, [1 / (place + 3) for place in range(len(letters))], k=200_000))]
+    texts = ["".join(draw.choices(letters, [1 / (place + 3) for place in range(len(letters))], k=100_000))]
     (tmp_path / "a.txt").write_text(texts[0])
-    asked = TokenizerConfig("train", vocab_size=321)
+    asked = TokenizerConfig("train", vocab_size=301)
     tokenizer = obtain(DataConfig("text", path=str(tmp_path / "a.txt"), seq_len=8, tokenizer=asked, store_dir=str(tmp_path)))
-    expected = byte_pairs(texts, 320)
+    expected = byte_pairs(texts, 300)
     byte_of = {letter: byte for byte, letter in unicode_of_bytes().items()}
     (folder,) = tmp_path.glob("tokenizer-*")
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     found = {bytes(byte_of[letter] for letter in token) for token in vocabulary if token != "<|endoftext|>"}
     assert found == expected
-    assert tokenizer.vocab_size == 321
+    assert tokenizer.vocab_size == 301
 
 
 def unicode_of_bytes() -> dict[int, str]:
