@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer
 
 from tests.command import command, start
 from tests.ranks import run_ranks
@@ -152,6 +153,47 @@ def test_bf16_weights_are_the_rounded_ones(run_dir: Path) -> None:
         assert rounded(torch.tensor([[1, 2]])).dtype == torch.bfloat16
     finally:
         dist.destroy_process_group()
+
+
+def test_a_tokenizer_learned_by_the_run(tmp_path: Path) -> None:
+    """From training to text: the run folder is enough, also where the data and the token store are gone."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    small = [argument for argument in SMALL if not argument.startswith(OUR_KEYS)]
+    more = ["data=text", "data.path=text.txt", "data.seq_len=16", "data.store_dir=stores", f"model.max_seq_len={CONTEXT}"]
+    more += ["data.tokenizer.name=train", "data.tokenizer.vocab_size=400", "train.eval_steps=0", "hydra.run.dir=run"]
+    more += ["model.vocab_size=400", "train.max_steps=30", "checkpoint.every=0", "train.sample_tokens=4", "data.val_fraction=0"]
+    outcome = command(tmp_path, *small, *more)
+    assert (outcome.code, outcome.err) == (0, "")
+    plain = Tokenizer.from_file(str(tmp_path / "run" / "tokenizer.json"))
+    assert 257 < plain.get_vocab_size() <= 400
+    for gone in ("stores", "text.txt"):
+        (tmp_path / gone).rename(tmp_path / f"{gone} is gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        asked = cli.compose(["run=run", f"prompt={PROMPT}", "hardware=cpu"], "generate")
+        assert isinstance(asked, GenerateConfig)
+        assert answer.settle(asked).max_new_tokens == CONTEXT - len(plain.encode(PROMPT).ids)
+    written = generate(tmp_path / "run", f"prompt={PROMPT}", "temperature=0", "max_new_tokens=9", tmp=tmp_path)
+    assert written.code == 0, written.err
+    assert written.out == by_whole_ids(tmp_path / "run", plain, PROMPT, 9) + "\n"
+
+
+def by_whole_ids(run_dir: Path, plain: Tokenizer, prompt: str, count: int) -> str:
+    """What the model writes when all is computed anew for each token, and decoded at once."""
+    ids, end = plain.encode(prompt).ids, plain.token_to_id("<|endoftext|>")
+    config: Config = Job.load("train", run_dir, run_dir).config
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        stage = load_stage(config, run_dir / "checkpoints" / "step-00000030", build_mesh(config.parallel, torch.device("cpu"), 60))
+        with torch.no_grad():
+            for _ in range(count):
+                ids.append(int(stage(torch.tensor([ids]))[0, -1].argmax()))
+                if ids[-1] == end:
+                    break
+    finally:
+        dist.destroy_process_group()
+    return plain.decode(ids)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------

@@ -108,10 +108,10 @@ def _in_layout(trained: Config, config: GenerateConfig) -> Config:
 
 def _prompt_tokens(config: GenerateConfig, trained: Config) -> int:
     """Tokens of the longest prompt. Raises ConfigError where the run knows no text, or a prompt is none."""
-    tokenizer = load_tokenizer(trained.data)
+    tokenizer = load_tokenizer(trained.data, Path(config.run))
     if tokenizer is None:
         rule = f"learned data.source={trained.data.source}, whose tokens stand for no text"
-        raise refuse("run", config.run, rule, "use a run of data=python_docs or data=text")
+        raise refuse("run", config.run, rule, "use a run that learned text")
     try:
         return max(max(1, len(tokenizer.encode(prompt))) for prompt in config.prompts)
     except UnicodeEncodeError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tptrain.checkpoint.sharded import load_model
 from tptrain.config import Config
 from tptrain.data.text_stream import TextStream
-from tptrain.data.tokenizers import ByteTokenizer, load_tokenizer
+from tptrain.data.tokenizers import Tokenizer, load_tokenizer
 from tptrain.generate_config import GenerateConfig
 from tptrain.job import Job
 from tptrain.mesh import Mesh, build_mesh, own_device
@@ -35,7 +35,7 @@ def generate(config: GenerateConfig) -> dict[str, float]:
     trained: Config = Job.load("train", Path(config.run), Path(config.run)).config
     layout = replace(trained.parallel, tp=config.parallel.tp, pp=config.parallel.pp, dp=1)
     mesh = build_mesh(layout, device, config.launch.timeout_seconds)
-    tokenizer = load_tokenizer(trained.data)
+    tokenizer = load_tokenizer(trained.data, Path(config.run))
     assert tokenizer is not None, "the launcher has seen to it"
     assert config.max_new_tokens is not None
     stage = load_stage(trained, Path(config.checkpoint.load), mesh)
@@ -64,7 +64,7 @@ def load_stage(trained: Config, checkpoint: Path, mesh: Mesh) -> GPTStage:
     return stage
 
 
-def encode(tokenizer: ByteTokenizer, prompt: str) -> list[int]:
+def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """A prompt's ids; those of an empty one say that a document ended and the next begins. Raises UnicodeEncodeError."""
     return tokenizer.encode(prompt).tolist() or [tokenizer.end_of_document]
 
@@ -75,9 +75,9 @@ class Output:
     Of several, each has a line above it that names it, on stderr.
     """
 
-    def __init__(self, prompts: Sequence[str], tokenizer: ByteTokenizer, echo: bool) -> None:
+    def __init__(self, prompts: Sequence[str], tokenizer: Tokenizer, echo: bool) -> None:
         self._end = tokenizer.end_of_document
-        self._streams = [TextStream(tokenizer) for _ in prompts]
+        self._streams = [TextStream(tokenizer, encode(tokenizer, prompt)) for prompt in prompts]
         self._unshown = [prompt if echo else "" for prompt in prompts]
         self._ended = [False] * len(prompts)
         self._current = 0

@@ -148,12 +148,16 @@ def count_gpus() -> int:
 
 
 def _prepare(config: Config, run_dir: Path) -> Job:
-    """Look for the checkpoint to start from, tokenise once, write `config.yaml`, make the log folder. Raises ConfigError."""
-    from tptrain.checkpoint.folder import find_start
-    from tptrain.data import prepare
+    """Look for the checkpoint to start from, tokenise once, write the tokenizer and `config.yaml`, make the log folder.
 
-    find_start(config, run_dir)
+    Raises ConfigError.
+    """
+    from tptrain.checkpoint.folder import find_start
+    from tptrain.data import keep_tokenizer, prepare
+
+    start = find_start(config, run_dir)
     job = Job("train", config, run_dir.absolute(), prepare(config, print))
+    keep_tokenizer(config.data, job.store_dir, job.run_dir, start)
     write_job(job)
     return job
 
@@ -172,6 +176,7 @@ def write_job(job: Job) -> None:
 
 def _set_environment(config: Config, place: Place | None) -> None:
     """Set what torch's libraries read when they load, here and in the ranks that inherit it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts are split among processes, and its threads do not survive a fork
     on_this_machine = place.local_world_size if place else config.processes
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(ranks.threads(config, on_this_machine))

@@ -61,7 +61,7 @@ def train(config: Config, run_dir: Path, store_dir: Path) -> float | None:
                     save_checkpoint(trainer, run_dir)
                     report.saved(step)
         if config.train.sample_tokens and result is not None:
-            report.sample(write_text(trainer, config))
+            report.sample(write_text(trainer, config, run_dir))
         report.finish(trainer.steps_done, result, trainer.samples_done, val_loss, timer.overall(), time.perf_counter() - began)
         done = True
     finally:
@@ -105,9 +105,9 @@ def save_checkpoint(trainer: Trainer, run_dir: Path) -> None:
     save(run_dir, parameters, trainer.optimizer, state, trainer.config.checkpoint.keep, trainer.mesh.world)
 
 
-def write_text(trainer: Trainer, config: Config) -> str | None:
+def write_text(trainer: Trainer, config: Config, run_dir: Path) -> str | None:
     """A sample of what the model has learned to write, or None where the data is no text."""
-    tokenizer = load_tokenizer(config.data)
+    tokenizer = load_tokenizer(config.data, run_dir)
     if tokenizer is None:
         return None
     end = tokenizer.end_of_document

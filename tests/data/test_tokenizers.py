@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tptrain.config import DataConfig, TokenizerConfig
+from tptrain.config import DataConfig
 from tptrain.data import ByteTokenizer, load_tokenizer
+from tptrain.data_config import MixturePart
 
 
 @given(st.text())
@@ -38,5 +40,15 @@ def test_load_tokenizer() -> None:
     assert isinstance(load_tokenizer(DataConfig("python_docs", seq_len=8)), ByteTokenizer)
     assert isinstance(load_tokenizer(DataConfig("text", seq_len=8)), ByteTokenizer)
     assert load_tokenizer(DataConfig("memorize", seq_len=8)) is None
-    with pytest.raises(ValueError, match="'morse'"):
-        load_tokenizer(DataConfig("text", seq_len=8, tokenizer=TokenizerConfig("morse")))
+    parts = {"a": MixturePart("memorize"), "b": MixturePart("text", path="x")}
+    assert isinstance(load_tokenizer(DataConfig("mixture", seq_len=8, mixture=parts)), ByteTokenizer)
+    assert load_tokenizer(DataConfig("mixture", seq_len=8, mixture={"a": parts["a"]})) is None
+
+
+def test_the_byte_tokenizer_in_batches_and_on_disk(tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer()
+    texts = ["n\u00e9", "", "\ufeffa\r\n"]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [list(text.encode()) for text in texts]
+    tokenizer.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert tokenizer.fingerprint() == ByteTokenizer().fingerprint()

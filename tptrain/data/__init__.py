@@ -2,7 +2,7 @@
 
     sources      where documents come from: text, jsonl, parquet, a saved folder, the hub, python_docs; memorize has none
     documents    their texts, as rows of a memory-mapped `datasets.Dataset`
-    tokenizers   text -> ids
+    tokenizers   text -> ids: bytes, a Hugging Face tokenizer (`hf_tokenizer`, `hub_tokenizer`) or a learned one (`train_tokenizer`)
     splits       which documents are held out for evaluation
     shards       a range of documents -> files of ids; in several processes by `tokenise` and `workers`
     build        `build_store`: find the store of a source or make it, once; `repair` for one that is damaged
@@ -23,11 +23,12 @@ from tptrain.data.mixture import Mixture
 from tptrain.data.prefetch import Prefetch
 from tptrain.data.prepare import prepare
 from tptrain.data.rows import Rows
+from tptrain.data.run_tokenizer import keep_tokenizer
 from tptrain.data.sampler import Sampler, permute
 from tptrain.data.store import Split, StoreError, TokenStore
 from tptrain.data.tokenizers import ByteTokenizer, load_tokenizer
 
 __all__ = [
     "ByteTokenizer", "Data", "Mixture", "Prefetch", "Rows", "Sampler", "Split", "StoreError", "TokenStore",
-    "load_tokenizer", "open_data", "permute", "prepare",
+    "keep_tokenizer", "load_tokenizer", "open_data", "permute", "prepare",
 ]  # fmt: skip
