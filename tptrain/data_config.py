@@ -175,5 +175,7 @@ def _check_validation(data: DataConfig) -> None:
         raise refuse(
             "data.val_fraction", data.val_fraction, rule, "use data.val_fraction=0, with data.val_documents, val_split or val_sets"
         )
+    if data.val_documents and data.val_split is not None:
+        raise refuse("data.val_documents", data.val_documents, "and data.val_split are both given", "use one of the two")
     if data.val_documents and not data.streaming:
         raise refuse("data.val_documents", data.val_documents, "holds out of a stream, and data.streaming=false", "use data.val_fraction")

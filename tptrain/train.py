@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from tptrain.checkpoint.folder import find_start, read_state
 from tptrain.checkpoint.sharded import load, save
 from tptrain.config import Config, refuse
 from tptrain.data.dataset import VAL_LOSS, open_data
+from tptrain.data.stream import StreamRows, merge_states
 from tptrain.data.tokenizers import load_tokenizer
 from tptrain.mesh import build_mesh, own_device
 from tptrain.monitor.peak_memory import reset_peak_memory
@@ -86,6 +88,8 @@ def resume(trainer: Trainer, run_dir: Path) -> None:
         state = load(start[0], trainer.share.parameters(), trainer.optimizer, trainer.mesh.world)
         trainer.share.repeat_tied(trainer.optimizer)
         trainer.steps_done, trainer.samples_done = state["step"], state["samples"]
+        if isinstance(trainer.data.train, StreamRows) and trainer.reads:
+            trainer.data.train.load_state(state.get("stream"))
 
 
 def _check_same_data(trainer: Trainer, start: Path) -> None:
@@ -101,8 +105,19 @@ def save_checkpoint(trainer: Trainer, run_dir: Path) -> None:
     """Write what a resume under any layout needs."""
     state = {"step": trainer.steps_done, "samples": trainer.samples_done, "config": asdict(trainer.config)}
     state["train_tokens"] = dict(trainer.data.train_tokens)
+    if isinstance(trainer.data.train, StreamRows):
+        state["stream"] = _gather_stream_state(trainer, trainer.data.train)
     parameters = trainer.share.owned_parameters()
     save(run_dir, parameters, trainer.optimizer, state, trainer.config.checkpoint.keep, trainer.mesh.world)
+
+
+def _gather_stream_state(trainer: Trainer, rows: StreamRows) -> dict[str, Any] | None:
+    """Where the lanes of the stream stand, from all ranks that read, on rank 0; None elsewhere."""
+    world = trainer.mesh.world
+    own = rows.state(trainer.samples_done) if trainer.reads else None
+    states: list[dict[str, Any] | None] | None = [None] * world.size() if dist.get_rank() == 0 else None
+    dist.gather_object(own, states, dst=0, group=world)
+    return merge_states(states) if states is not None else None
 
 
 def write_text(trainer: Trainer, config: Config, run_dir: Path) -> str | None:

@@ -120,7 +120,7 @@ class Trainer:
 
     def read_ahead(self) -> None:
         """Begin to read what the next step needs, in the background; each step does so for those after it."""
-        if self._reads:
+        if self.reads:
             self.train_data.begin(*self._own_rows(self.samples_done))
 
     def close(self) -> None:
@@ -230,7 +230,7 @@ class Trainer:
         )
 
     @property
-    def _reads(self) -> bool:
+    def reads(self) -> bool:
         """Whether this rank reads rows itself; the others of its tp group get them from the first."""
         return self._needs_rows and self.mesh.tp_rank == 0
 

@@ -31,7 +31,7 @@ _MUST_EQUAL = {
     "optimizer": ("name", "momentum"),
     "data": (
         "source", "seq_len", "name", "subset", "split", "text_column", "tokenizer", "val_fraction", "mixture", "temperature", "streaming",
-        "stream_lanes", "shuffle_buffer", "val_documents",
+        "stream_lanes", "stream_run", "shuffle_buffer", "val_documents",
     ),
 }  # fmt: skip
 

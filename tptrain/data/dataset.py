@@ -21,8 +21,11 @@ from tptrain.config import Config
 from tptrain.data.mixture import Mixture, shares_of
 from tptrain.data.rows import Rows
 from tptrain.data.sampler import Sampler
+from tptrain.data.sources import open_source
 from tptrain.data.store import Split, TokenStore
 from tptrain.data.stores import Stores, find_stores
+from tptrain.data.stream import StreamRows
+from tptrain.data.tokenizers import load_tokenizer
 from tptrain.data.tokens import Tokens
 from tptrain.data_config import DataConfig
 
@@ -77,12 +80,24 @@ class Data:
 def open_data(config: Config, folder: Path) -> Data:
     """The data whose stores `prepare` has found or built. Raises StoreError where one of them is gone or damaged."""
     stores = find_stores(folder, config.data.source)
+    if config.data.streaming:
+        return _open_stream(config, stores, folder)
     train = {name: TokenStore.open(path) for name, path in stores.train.items()}
     validation, weights, held_out = _validation(config, stores, train)
     counts = {name: store.train.num_tokens for name, store in train.items()}
     ends = {store.end_of_document for store in train.values()} - {None}
     read = f"{config.data.source}: {sum(counts.values()):,} tokens"
     return Data(_training(config, train), validation, weights, counts, next(iter(ends), None), f"{read}, {held_out}" if held_out else read)
+
+
+def _open_stream(config: Config, stores: Stores, folder: Path) -> Data:
+    data = config.data
+    source, tokenizer = open_source(data), load_tokenizer(data, folder)
+    assert tokenizer is not None, "a stream has documents"
+    validation, weights, held_out = _validation(config, stores, {})
+    read = f"streaming {source.label}, {data.stream_lanes} lanes, {data.shuffle_buffer:,} documents of each mixed at a time"
+    rows = StreamRows(source, tokenizer, data, config.seed)
+    return Data(rows, validation, weights, {}, tokenizer.end_of_document, f"{read}, {held_out}" if held_out else read)
 
 
 def _training(config: Config, stores: Mapping[str, TokenStore]) -> Rows:
@@ -98,7 +113,7 @@ def _validation(config: Config, stores: Stores, train: Mapping[str, TokenStore])
     """The validation sets, the weights of their losses in `val_loss`, and what they are in words."""
     if config.train.eval_steps == 0:
         held_out = sum(store.val.num_tokens for store in train.values())
-        return {}, {}, f"{held_out:,} held out"
+        return {}, {}, f"{held_out:,} held out" if train else ""
     data = config.data
     splits: dict[str, Split] = {}
     if stores.val_split is not None:
@@ -107,7 +122,7 @@ def _validation(config: Config, stores: Stores, train: Mapping[str, TokenStore])
         of_mixture = data.source == "mixture"
         splits = {f"{VAL_LOSS}/{name}" if of_mixture else VAL_LOSS: store.val for name, store in train.items()}
     held_out = sum(split.num_tokens for split in splits.values())
-    words = [f"{held_out:,} held out" if stores.val_split is None else f"{held_out:,} in split {data.val_split}"] if splits else []
+    words = [f"{held_out:,} held out" if data.val_split is None else f"{held_out:,} in split {data.val_split}"] if splits else []
     weights = dict.fromkeys(splits, 1.0)
     if len(splits) > 1:
         shares = shares_of({name: part.weight for name, part in data.mixture.items()}, data.temperature)

@@ -42,14 +42,15 @@ class Head:
     def load(self, cache_dir: Path) -> Documents:
         """The documents, by way of an arrow file in cache_dir. Raises ConfigError for a bad row, and where nothing is left to train on."""
         path = Path(cache_dir) / f"documents-{self.fingerprint()[:16]}.arrow"
-        dataset = write_documents(self._texts(), self.column, path)
+        dataset = write_documents(self.texts(), self.column, path)
         return Documents(dataset, self.column, None, self._where, (self.column,), self.prefix)
 
     def stream(self) -> datasets.IterableDataset:
         """The same rows, one after the other."""
         return self.source.stream().take(self.count)
 
-    def _texts(self) -> Iterator[str]:
+    def texts(self) -> Iterator[str]:
+        """The documents' texts. Raises ConfigError as `load` does."""
         number = 0
         for number, row in enumerate(islice(self.source.stream(), self.count + 1), 1):
             if number > self.count:
@@ -59,6 +60,8 @@ class Head:
                 fault = f"is {kind_of(text)}" if self.column in row else "is missing"
                 raise bad_field(self.prefix, self.column, fault, self._where(number - 1), row)
             yield text
+        if not number:
+            raise refuse(f"{self.prefix}.source", self.source.label, "has no documents", "use a source with some")
         rule = f"leaves nothing to train on of {self.source.label}, which has {number} documents"
         raise refuse("data.val_documents", self.count, rule, "use fewer, or data.streaming=false")
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tptrain.config import Config
 from tptrain.config_error import refuse
 from tptrain.data.build import build_store
 from tptrain.data.dataset import is_held_out
+from tptrain.data.head import Head
 from tptrain.data.mixture import PERIOD, shares_of, slots_of
 from tptrain.data.sources import Source, open_source
 from tptrain.data.store import Split, TokenStore
@@ -49,9 +50,10 @@ def prepare(config: Config, report: Callable[[str], None] = print) -> Path:
     model's vocabulary, and for a data.store_dir that cannot hold a store.
     """
     data = config.data
-    if data.streaming:
-        raise refuse("data.streaming", True, "cannot be read yet", "use data.streaming=false")
     train, val_split, val_sets = _open_parts(config)
+    if data.streaming:
+        _check_stream(config, train[0], [*val_split, *val_sets])
+        report(f"streaming {train[0].source.label if train[0].source else ''}: read while training, with no token store")
     _check_shares(data)
     _check_ids(config, [*train, *val_split, *val_sets])
     tokenizer = obtain_tokenizer(data, [part.source for part in train if part.source is not None], report)
@@ -61,7 +63,7 @@ def prepare(config: Config, report: Callable[[str], None] = print) -> Path:
         return build_store(part.config, part.source, None if part.source is None else tokenizer, data, val_fraction, report)
 
     stores = Stores(
-        {part.name: build(part, data.val_fraction if is_held_out(data) else 0.0) for part in train},
+        {} if data.streaming else {part.name: build(part, data.val_fraction if is_held_out(data) else 0.0) for part in train},
         next((build(part, 0.0) for part in val_split), None),
         {part.name: build(part, 0.0) for part in val_sets},
     )
@@ -79,13 +81,16 @@ def _open_parts(config: Config) -> tuple[list[_Part], list[_Part], list[_Part]]:
     if config.train.eval_steps == 0:
         return train, [], []
     val_split = [_Part.open(data.source, "data", data, data.val_split)] if data.val_split is not None else []
+    if data.streaming and data.val_documents and train[0].source is not None:
+        val_split = [replace(train[0], source=Head(train[0].source, data.val_documents))]
     return train, val_split, [_Part.open(name, f"data.val_sets.{name}", part) for name, part in data.val_sets.items()]
 
 
 def _keep(stores: Stores, data: DataConfig, tokenizer: Tokenizer | None) -> Path:
     """Write the folder that names the stores."""
     parent = Path(data.store_dir).expanduser().absolute()
-    fingerprint = hashlib.sha256(stores.text(parent / "set").encode()).hexdigest()
+    of_tokenizer = tokenizer.fingerprint() if tokenizer is not None and data.streaming else ""  # else the stores' names tell
+    fingerprint = hashlib.sha256((stores.text(parent / "set") + of_tokenizer).encode()).hexdigest()
     folder = parent / f"set-{fingerprint[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
@@ -95,6 +100,16 @@ def _keep(stores: Stores, data: DataConfig, tokenizer: Tokenizer | None) -> Path
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------
+
+
+def _check_stream(config: Config, train: _Part, validation: list[_Part]) -> None:
+    """Whether the stream gives a text, and whether there is something to evaluate on, which needs an end."""
+    if train.source is not None:
+        next(Head(train.source, 1).texts(), None)
+    if config.train.eval_steps != 0 and not validation:
+        steps = config.train.eval_steps
+        rule = "has nothing to evaluate on, since a stream holds nothing out by itself"
+        raise refuse("train.eval_steps", steps, rule, "use 0, or data.val_documents=500, data.val_split or data.val_sets")
 
 
 def _check_shares(data: DataConfig) -> None:
@@ -141,7 +156,11 @@ def _check_lengths(config: Config, stores: Stores) -> None:
             rule = f"leaves the val split{of_source}"
             _check_length(data, store.val, "data.val_fraction", data.val_fraction, rule, "a larger data.val_fraction, ")
     if stores.val_split is not None:
-        _check_length(data, TokenStore.open(stores.val_split).train, "data.val_split", data.val_split, "has", "another split, ")
+        split = TokenStore.open(stores.val_split).train
+        if data.val_split is None:
+            _check_length(data, split, "data.val_documents", data.val_documents, "have", "a larger data.val_documents, ")
+        else:
+            _check_length(data, split, "data.val_split", data.val_split, "has", "another split, ")
     for name, path in stores.val_sets.items():
         key, split = f"data.val_sets.{name}", TokenStore.open(path).train
         _check_length(data, split, key, data.val_sets[name].source, "has", "another source, ")
