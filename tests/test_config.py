@@ -6,6 +6,7 @@ import pytest
 
 from tests.support import small_config
 from tptrain.config import Config, ConfigError, resolve
+from tptrain.data_config import SourceConfig
 
 
 def unresolved(**changes: object) -> Config:
@@ -118,6 +119,9 @@ def test_resolving_leaves_the_argument_alone() -> None:
         ({"train__loss_chunk_tokens": 0}, None, None, "train.loss_chunk_tokens=0 is below 1: use 1 or more"),
         ({"launch__timeout_seconds": 0.0}, None, None, "launch.timeout_seconds=0.0 is not above 0: use a positive number"),
         ({"optimizer__grad_clip": 0.0}, None, None, "optimizer.grad_clip=0.0 is not above 0: use a positive number, or null"),
+        ({"data__val_sets": {"books": SourceConfig("text", path="books")}}, None, None,
+         "data.val_sets.books=text is text, and source=memorize trains on random ids, which no tokenizer stands behind: leave it away, "
+         "or train on text"),
         ({"data__val_fraction": 1.0}, None, None, "data.val_fraction=1.0 is not from 0 up to, not including, 1: use a share such as 0.05"),
     ],
 )  # fmt: skip

@@ -295,6 +295,29 @@ def check_learning(rank: int, layouts: list[dict[str, int]]) -> None:
         assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01), layout
 
 
+def test_bf16_leaves_rotary_angles_in_fp32() -> None:
+    """Rounded to bf16, the angles of positions 256 and 257 would be one."""
+    run_ranks(1, check_angles, {})
+    run_ranks(2, check_angles, {"dp": 2})
+
+
+def check_angles(rank: int, layout: dict[str, int]) -> None:
+    from tptrain.trainer import Trainer
+
+    layout_keys = {f"parallel__{axis}": size for axis, size in layout.items()}
+    config = small_config(train__precision="bf16", model__position="rope", **layout_keys)
+    trainer = Trainer(config, mesh_of(**layout), Data.of_tokens(config, skewed_tokens(1000, config.model.vocab_size)))
+    seen: list[torch.dtype] = []
+
+    def keep(module: torch.nn.Module, inputs: tuple[object, ...]) -> None:
+        seen.extend(x.dtype for x in (inputs[0], inputs[1].cos, inputs[1].sin))  # type: ignore[attr-defined]
+
+    next(iter(trainer.share.stages[0].layers.values())).attention.register_forward_pre_hook(keep)
+    trainer.step()
+    assert set(seen[0::3]) == {torch.bfloat16}
+    assert set(seen[1::3]) | set(seen[2::3]) == {torch.float32}
+
+
 # ---- the mean over tokens ----------------------------------------------------------------------------------
 
 

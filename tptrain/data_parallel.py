@@ -31,7 +31,8 @@ class DataParallel:
         self._sums_in_place = dtype == torch.float32  # else gradients are of `dtype` until a backward ends
         if mesh.dp_size == 1:
             return
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        # Inputs stay as they are: activations have the dtype already, and the angles of rotary positions must keep theirs.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
         def dp_placement(parameter: nn.Parameter) -> Shard:
             return Shard(dp_dimension(parameter, mesh.dp_size))
