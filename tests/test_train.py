@@ -55,9 +55,11 @@ def kill_all(process: subprocess.Popen[str], run_dir: Path) -> None:
 
 def test_the_run_folder(unbroken: Path) -> None:
     assert [step for step, _, _ in losses(unbroken)] == list(range(1, STEPS + 1))
-    keys = ["step", "tokens", "loss", "grad_norm", "lr", "step_time", "tokens_per_second", "mfu", "bubble_fraction", "peak_memory_bytes"]
     records = read_metrics(unbroken)
-    assert list(records[0]) == keys
+    assert list(records[0]) == [
+        "step", "tokens", "loss", "grad_norm", "lr", "step_time", "tokens_per_second", "mfu", "bubble_fraction", "data_wait_fraction",
+        "peak_memory_bytes",
+    ]  # fmt: skip
     assert records[0]["tokens"] == 8 * 16
     assert records[0]["mfu"] is None, "the peak of this CPU is unknown"
     assert [record["step"] for record in records if "val_loss" in record] == [5, 10, 15, 20, 24]
