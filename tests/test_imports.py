@@ -60,8 +60,9 @@ ALLOWED: dict[str, set[str]] = {
     "verdict": set(),
     "prove": {"config", "data", "failures", "files", "job", "launch", "verdict"},
     "answer": {"checkpoint", "config", "data", "failures", "generate_config", "job", "launch"},
+    "survey": {"config", "data", "data_config", "files", "monitor"},
     "plot": {"config", "files", "monitor", "pipeline", "plot_config"},
-    "cli": {"answer", "config", "generate_config", "job", "launch", "plan", "plot", "plot_config", "prove", "ranks", "refusal"},
+    "cli": {"answer", "config", "generate_config", "job", "launch", "plan", "plot", "plot_config", "prove", "ranks", "refusal", "survey"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -129,7 +130,7 @@ def test_the_parser_sees_imports() -> None:
 
 
 BEFORE_RANKS = {"config", "generate_config", "files", "data", "job", "failures", "refusal", "launch", "ranks", "answer", "plan", "cli"}
-BEFORE_RANKS |= {"lifeline", "monitor", "plot", "plot_config"}
+BEFORE_RANKS |= {"lifeline", "monitor", "plot", "plot_config", "survey"}
 
 
 def test_no_torch_before_the_ranks_start() -> None:

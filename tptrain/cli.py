@@ -89,6 +89,19 @@ def plan(cfg: DictConfig, run_dir: Path) -> None:
     show.plan(resolve(typed(cfg)))
 
 
+def data(cfg: DictConfig, run_dir: Path) -> None:
+    """Prepare the data of a config without training, count it and show samples of it."""
+    from tptrain import launch
+
+    if launch.given_place() is not None:
+        raise ConfigError("tptrain data is one process, but this is one of a launcher's: run it without torchrun")
+    config = resolve(typed(cfg))
+    from tptrain.survey.show import survey
+
+    with launch.signals_stop():
+        survey(config, run_dir)
+
+
 def plot(cfg: DictConfig, run_dir: Path) -> None:
     """Draw a run: `run=FOLDER`."""
     from tptrain import launch
@@ -103,6 +116,7 @@ def plot(cfg: DictConfig, run_dir: Path) -> None:
 VERBS = {
     "train": Verb(train),
     "check": Verb(check),
+    "data": Verb(data),
     "generate": Verb(generate, "generate", GenerateConfig, {"prompt": "prompt", "checkpoint": "checkpoint.load"}, keeps=False),
     "plan": Verb(plan, keeps=False),
     "plot": Verb(plot, "plot", PlotConfig, {"run": "run", "to": "to"}, keeps=False),

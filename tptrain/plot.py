@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -18,13 +17,11 @@ from yaml import YAMLError, safe_load
 from tptrain.config import refuse
 from tptrain.files import write_atomically
 from tptrain.monitor import draw_records, draw_timeline
-from tptrain.monitor.draw_style import STYLE
+from tptrain.monitor.draw_style import STYLE, png
 from tptrain.monitor.metrics import Record, read_metrics
 from tptrain.monitor.trace import Trace, find_traces, read_trace
 from tptrain.pipeline.actions import ScheduleError
 from tptrain.plot_config import PlotConfig, refuse_bad_values
-
-DOTS_PER_INCH = 150
 
 Picture = tuple[str, Figure | str]
 """A file name, and the picture or a line that says why there is none and how to get it."""
@@ -99,10 +96,9 @@ def _timeline(trace: Trace) -> Figure:
 
 
 def _write(path: Path, figure: Figure, config: PlotConfig) -> None:
-    data = BytesIO()
-    figure.savefig(data, format="png", dpi=DOTS_PER_INCH)
+    data = png(figure)
     try:
-        write_atomically(path, data.getvalue())
+        write_atomically(path, data)
     except OSError as error:
         rule = f"cannot be written to ({error.strerror})"
         raise refuse("to", config.folder, rule, "use to=FOLDER with one that you may write to") from error

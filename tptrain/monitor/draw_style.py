@@ -1,11 +1,17 @@
-"""What all pictures share: sizes of letters and colours that people with any colour vision tell apart (Okabe and Ito 2008)."""
+"""What all pictures share: how they are written, sizes of letters, and colours that people with any colour vision tell apart
+(Okabe and Ito 2008)."""
 
 from __future__ import annotations
 
-from typing import Any
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, VERMILLION, GREEN = "#0072B2", "#E69F00", "#D55E00", "#009E73"
 GREY, INK = "#D9D9D9", "#222222"
+DOTS_PER_INCH = 150
 
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -38,3 +44,10 @@ STYLE: Any = {
     "lines.markersize": 5,
 }
 """For `matplotlib.rc_context`, around all that draws."""
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as a file's content."""
+    data = BytesIO()
+    figure.savefig(data, format="png", dpi=DOTS_PER_INCH)
+    return data.getvalue()
