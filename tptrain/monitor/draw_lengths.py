@@ -8,10 +8,9 @@ from itertools import product
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from tptrain.monitor.draw_style import BLUE, GREEN, ORANGE, VERMILLION
-from tptrain.monitor.text import compact
 
 _BINS_A_DOUBLING = 4
 _LINES = list(product(("-", "--", ":"), (BLUE, VERMILLION, GREEN, ORANGE)))
@@ -29,7 +28,7 @@ def document_lengths(lengths: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Fi
         line, colour = _LINES[number % len(_LINES)]
         axes.stairs(100 * shares, edges, color=colour, linestyle=line, linewidth=1.8, label=f"{label}, {int(documents.sum()):,} documents")
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("tokens a document, with its end token")
     axes.set_ylabel("% of the documents")

@@ -18,6 +18,8 @@ class Part:
     label: str
     """`code`; `code, held out`; `split validation`; `val_sets.books`."""
     counts: Counts
+    has_documents: bool
+    """Not where the ids stand for no text."""
     trained: str | None
     """The name of the source where the run trains on it; None where it is evaluated on."""
 
@@ -28,7 +30,7 @@ def parts_of(data: DataConfig, stores: Stores) -> list[Part]:
     for name, path in stores.train.items():
         store = TokenStore.open(path)
         parts.append(_part(name, store, store.train, name))
-        if store.end_of_document is not None and store.val.num_documents:  # memorize's is the same text again
+        if parts[-1].has_documents and store.val.num_documents:  # memorize's is the same again
             parts.append(_part(f"{name}, held out", store, store.val))
     if stores.val_split is not None:
         label = f"split {data.val_split}" if data.val_split is not None else f"first {data.val_documents}, held out"
@@ -43,4 +45,4 @@ def _evaluated(label: str, path: Path) -> Part:
 
 
 def _part(label: str, store: TokenStore, split: Split, trained: str | None = None) -> Part:
-    return Part(label, count(split, store.vocab_size), trained)
+    return Part(label, count(split, store.vocab_size), store.tokenizer is not None, trained)

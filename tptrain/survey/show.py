@@ -36,9 +36,10 @@ def survey(config: Config, run_dir: Path) -> None:
     for number, row in enumerate(data.train.rows(0, SAMPLES)):
         text = shown(sample_text(row, tokenizer), SAMPLE_CHARACTERS, terminal.encoding)
         terminal.print(f"sample {number:<5}{text}", soft_wrap=True)
-    if any(part.counts.documents for part in parts):
+    drawn = [part for part in parts if part.has_documents and part.counts.documents]
+    if drawn:
         path = run_dir / "plots" / PICTURE
-        draw(path, parts)
+        draw(path, drawn)
         terminal.print(f"{'picture':<12}{path}", soft_wrap=True)
 
 
@@ -51,10 +52,10 @@ def part_table(parts: list[Part], epochs: dict[str, float]) -> Table:
     for part in parts:
         counts, lengths = part.counts, part.counts.lengths
         used = f"{counts.ids_used:,} of {counts.vocab_size:,} ({100 * counts.ids_used / counts.vocab_size:.1f} %)"
-        table.add_row(
-            part.label, f"{counts.documents:,}", f"{counts.tokens:,}", f"{lengths.mean:,.1f}", f"{lengths.median:,.1f}",
-            f"{lengths.longest:,}", used, "" if part.trained is None else f"{epochs[part.trained]:.3g}",
-        )  # fmt: skip
+        sizes = (f"{lengths.mean:,.1f}", f"{lengths.median:,.1f}", f"{lengths.longest:,}") if part.has_documents else ("", "", "")
+        documents = f"{counts.documents:,}" if part.has_documents else ""
+        times = "" if part.trained is None else f"{epochs[part.trained]:.3g}"
+        table.add_row(part.label, documents, f"{counts.tokens:,}", *sizes, used, times)
     return table
 
 
@@ -78,7 +79,7 @@ def draw(path: Path, parts: list[Part]) -> None:
     from tptrain.monitor.draw_style import STYLE, png
 
     with rc_context(STYLE):
-        lengths = {part.label: (part.counts.lengths.tokens, part.counts.lengths.documents) for part in parts if part.counts.documents}
+        lengths = {part.label: (part.counts.lengths.tokens, part.counts.lengths.documents) for part in parts}
         picture = png(document_lengths(lengths))
     try:
         write_atomically(path, picture)
