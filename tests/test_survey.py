@@ -126,6 +126,22 @@ def test_a_mixture_with_a_validation_set(here: Path, capsys) -> None:
     assert row(said, "rows")[-1] == f"{160 / 4 / windows:.3g}", "a quarter of the samples"
 
 
+def test_a_stream_is_shown_and_not_counted(here: Path, capsys) -> None:
+    rows = [f"row {number} of many" for number in range(60)]
+    (here / "stream.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    overrides = ["data=jsonl", "data.path=stream.jsonl", "data.streaming=true", "data.val_fraction=0", "data.val_documents=10"]
+    said = say(capsys, *overrides, "data.stream_lanes=2", "data.shuffle_buffer=4")
+    assert row(said, "first 10, held out") == [*cells(rows[:10]), ""]
+    assert sum(line.startswith("│ ") for line in said.splitlines()) == 1
+    assert "read while training, and not counted" in said
+    samples = [line[12:] for line in said.splitlines() if line.startswith("sample ")]
+    assert len(set(samples)) == 5
+    for sample in samples:
+        first, *_, last = sample.split(END)
+        assert any(text.endswith(first) for text in rows[10:])
+        assert any(text.startswith(last) for text in rows[10:])
+
+
 def test_memorize_has_numbers_for_text_and_no_picture(here: Path, capsys) -> None:
     said = say(capsys, "data=memorize", "data.num_sequences=20", "data.vocab_size=50")
     assert row(said, "memorize")[:5] == ["", "321", "", "", ""]

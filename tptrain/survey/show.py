@@ -65,7 +65,7 @@ def facts(config: Config, data: Data, parts: list[Part]) -> list[tuple[str, str]
     reads = data.reads(_samples(config))
     found = [("reads", f"{steps}: {reads}" if reads else steps)]
     if config.data.streaming:
-        found.append(("stream", f"{data.text}; what is trained on is read while training, and not counted"))
+        found += [("data", data.text), ("", "what is trained on is read while training, and not counted")]
     if parts:
         found.append(("checksums", "of every file are as written"))
     return found
