@@ -24,9 +24,10 @@ class Outcome:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's environment without a launcher's variables, and with these."""
+    """This process's environment without a launcher's variables, and with these; PYTHONPATH's own folders come first."""
     kept = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
-    return {**kept, **variables}
+    paths = [path for path in (variables.get("PYTHONPATH"), kept.get("PYTHONPATH")) if path]
+    return {**kept, **variables, **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
 
 
 def start(folder: Path, *arguments: str, torchrun: int = 0, **variables: str) -> subprocess.Popen[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.command import FAULTS, Outcome, command, finish, processes_of, start,
 from tests.support import small_config
 from tptrain import failures, launch, ranks, roll_call
 from tptrain.config import ConfigError
+from tptrain.data.lock import locked
 from tptrain.failures import Failure
 from tptrain.job import Job, Place
 from tptrain.pipeline.notation import dumps
@@ -87,6 +89,23 @@ def test_torchrun_ranks_share_one_run_folder(run_dir: Path):
     assert _status(run_dir)["state"] == "done"
     assert sorted(path.name for path in run_dir.parent.iterdir()) == ["outputs", "run"]
     assert [path.name for path in (run_dir.parent / "outputs").iterdir()] == ["token_stores"]
+
+
+def test_torchrun_ranks_wait_for_the_data_longer_than_for_each_other(run_dir: Path):
+    """Another process builds the token store meanwhile, so that rank 0 waits for it, and the other ranks for rank 0."""
+    assert _train(run_dir).code == 0
+    (store,) = (run_dir.parent / "outputs" / "token_stores").glob("memorize-*")
+    shutil.rmtree(store)
+    with locked(store.with_name(f".{store.name}.lock"), lambda: None):
+        process = start(
+            run_dir.parent, *TINY, "parallel=tp2", "train.max_steps=10", "launch.timeout_seconds=4", torchrun=2, PYTHONPATH=str(FAULTS)
+        )
+        time.sleep(15)
+        assert process.poll() is None
+    outcome = finish(process)
+    assert outcome.code == 0, outcome.err
+    assert "waiting for another process" in outcome.out
+    assert "rank 0 of 2" in outcome.out
 
 
 # ---- a rank that fails -----------------------------------------------------------------------------------

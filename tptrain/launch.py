@@ -21,6 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -51,7 +52,7 @@ def start(config: Config, run_dir: Path, place: Place | None) -> float | None:
     if place is not None:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             ranks.die_with_parent()
-        return ranks.joined(config, _prepare(config, run_dir) if place.rank == 0 else None, place)
+        return ranks.joined(config, partial(_prepare, config, run_dir), place)
     with signals_stop():
         job = _prepare(config, run_dir)
         try:

@@ -30,6 +30,9 @@ from tptrain.generate_config import GenerateConfig
 from tptrain.host_memory import keep_freed_memory
 from tptrain.job import ALONE, Job, Place
 
+_LONG = timedelta(days=30)
+"""More than any preparation takes. Whoever waits so long is released earlier, with an error, where rank 0 dies."""
+
 # ---- what ranks can do -----------------------------------------------------------------------------------
 
 
@@ -96,15 +99,17 @@ def inline(job: Job) -> Any:
             _leave_group()
 
 
-def joined(config: Config, job: Job | None, place: Place) -> Any:
-    """Work as one of torchrun's ranks. `job` is rank 0's; the others pass None and take it from rank 0.
+def joined(config: Config, prepare: Callable[[], Job], place: Place) -> Any:
+    """Work as one of torchrun's ranks. prepare: makes the job; rank 0 calls it, and the others take the job from rank 0.
 
-    Raises JobFailed once this rank's failure is recorded and told.
+    Raises JobFailed once this rank's failure is recorded and told, and what `prepare` raises.
     """
     terminal = os.dup(sys.stderr.fileno())
-    run_dir: Path | None = job.run_dir if job else None
+    run_dir: Path | None = None
     try:
-        _join_group(config, place)
+        job, store = _meet(config, prepare, place)
+        run_dir = job.run_dir if job else None
+        _join_group(config, place, store)
         job = _from_rank_0(job)
         run_dir = job.run_dir
         _keep_log(run_dir, place.rank)
@@ -180,8 +185,25 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _join_group(config: Config, place: Place) -> None:
-    """Make the default process group: gloo, and NCCL too on GPUs. One rank alone needs no network."""
+def _meet(config: Config, prepare: Callable[[], Job], place: Place) -> tuple[Job | None, Any]:
+    """Rank 0's job, once it is prepared, on rank 0 alone, and the store over which torchrun's ranks find each other.
+
+    To tokenise may take hours, so the other ranks wait here as long as rank 0 lives; only then does launch.timeout_seconds count.
+    """
+    import torch.distributed as dist
+
+    timeout, key = timedelta(seconds=config.launch.timeout_seconds), "tptrain/prepared"
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    job = prepare() if place.rank == 0 else None
+    if job is not None:
+        store.set(key, "")
+    store.wait([key], _LONG)
+    store.set_timeout(timeout)
+    return job, dist.PrefixStore("tptrain/group", store)
+
+
+def _join_group(config: Config, place: Place, store: Any = None) -> None:
+    """Make the default process group: gloo, and NCCL too on GPUs. One rank alone needs no network. store: where torchrun's ranks met."""
     import torch
     import torch.distributed as dist
 
@@ -190,9 +212,10 @@ def _join_group(config: Config, place: Place) -> None:
     on_gpu = config.hardware.device == "cuda"
     if on_gpu:
         torch.cuda.set_device(place.local_rank)
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if place == ALONE else {}
+    store = dist.HashStore() if store is None and place == ALONE else store
+    known = {"store": store, "rank": place.rank, "world_size": place.world_size} if store is not None else {}
     timeout = timedelta(seconds=config.launch.timeout_seconds)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, **alone)  # type: ignore[arg-type]
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, **known)  # type: ignore[arg-type]
 
 
 def _waited_for(error: Exception) -> list[int]:
