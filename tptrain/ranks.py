@@ -215,7 +215,7 @@ def _join_group(config: Config, place: Place, store: Any = None) -> None:
     store = dist.HashStore() if store is None and place == ALONE else store
     known = {"store": store, "rank": place.rank, "world_size": place.world_size} if store is not None else {}
     timeout = timedelta(seconds=config.launch.timeout_seconds)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, **known)  # type: ignore[arg-type]
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, **known)
 
 
 def _waited_for(error: Exception) -> list[int]:
