@@ -151,6 +151,10 @@ def _check_mixture(data: DataConfig) -> None:
     elif data.mixture:
         rule = "is given, but data.source is not mixture"
         raise refuse("data.mixture", sorted(data.mixture), rule, "use data.source=mixture, or leave data.mixture away")
+    both = sorted(data.mixture.keys() & data.val_sets.keys())
+    if both:
+        rule = "is also a source of the mixture, whose held-out documents have that name"
+        raise refuse("data.val_sets", both[0], rule, "use another name")
     for name, part in data.mixture.items():
         if not (part.weight > 0 and math.isfinite(part.weight)):
             raise refuse(f"data.mixture.{name}.weight", part.weight, "is not above 0", "use a positive number, or leave the source away")

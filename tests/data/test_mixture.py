@@ -13,7 +13,7 @@ import tptrain.data.mixture
 from tptrain.config import Config, ConfigError
 from tptrain.data import Mixture, TokenStore, open_data, prepare
 from tptrain.data.mixture import PERIOD, shares_of, slots_of, spread
-from tptrain.data_config import MixturePart, SourceConfig
+from tptrain.data_config import MixturePart, SourceConfig, check_data
 
 
 class Numbered:
@@ -291,6 +291,13 @@ def test_refusals_name_the_source(mixture_config: Callable[..., Config], corpora
         "data.val_sets.books=text has 101 tokens, but a sequence needs data.seq_len + 1 = 111: "
         "use another source, data.seq_len=100 or less, more text, or train.eval_steps=0"
     )
+
+
+def test_a_validation_set_has_no_name_of_the_mixture(mixture_config: Callable[..., Config], corpora: Callable[[str, int], str]) -> None:
+    """Both losses would have the key val_loss/wiki."""
+    config = mixture_config(val_sets={"wiki": SourceConfig("text", path=corpora("books", 9))})
+    with pytest.raises(ConfigError, match=r"^data\.val_sets=wiki is also a source of the mixture, .*: use another name$"):
+        check_data(config.data)
 
 
 def test_the_period_is_what_the_docstring_says() -> None:

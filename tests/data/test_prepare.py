@@ -156,6 +156,16 @@ def test_store_dir_that_cannot_be_made(make_config: Callable[..., Config], text:
     )
 
 
+def test_a_stream_has_no_store_and_yet_a_folder(make_config: Callable[..., Config], text: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    config = {"streaming": True, "val_fraction": 0.0, "eval_steps": 0, "store_dir": f"{tmp_path}/file/stores"}
+    assert re.fullmatch(
+        rf"data.store_dir={tmp_path}/file/stores cannot hold a token store \(Not a directory.*\): "
+        "use data.store_dir=FOLDER with one that you can write to",
+        refusal(make_config("text", path=str(text), **config)),
+    )
+
+
 # ---- finding a store -------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from tests.data.test_stream import END, SEED, Bytes, lane_documents, twin
 from tptrain.config_error import ConfigError
 from tptrain.data.head import Head
 from tptrain.data.sources import open_source
+from tptrain.data.space import Space
 from tptrain.data.stream import StreamRows, merge_states
 from tptrain.data_config import DataConfig
 
@@ -100,6 +103,22 @@ def test_too_many_held_out(tmp_path: Path) -> None:
     assert len(Head(source, len(TEXTS) - 1).load(tmp_path / "cache")) == len(TEXTS) - 1
     with pytest.raises(ConfigError, match=rf"^data.val_documents={len(TEXTS)} leaves nothing to train on of jsonl .* has {len(TEXTS)} doc"):
         Head(source, len(TEXTS)).load(tmp_path / "cache")
+
+
+def test_a_connection_lost_while_documents_are_held_out(tmp_path: Path) -> None:
+    """Not a fault of data.store_dir, which the documents are written to meanwhile."""
+
+    def stream() -> Iterator[dict[str, str]]:
+        yield {"text": "a"}
+        raise ConnectionError("reset by peer")
+
+    source = SimpleNamespace(label="hub x", column="text", fingerprint=lambda: "f", stream=stream)
+    with (
+        pytest.raises(ConfigError, match=r"^data.streaming=true lost its connection after row 1 of hub x \(Connection"),
+        Space(str(tmp_path), tmp_path) as space,
+        space.loading(tmp_path / "cache"),
+    ):
+        Head(source, 3).load(tmp_path / "cache")
 
 
 def test_a_bad_row_of_a_source_is_named_by_its_file(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,10 +17,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.command import wait_until
 from tests.data.tokenizer_kinds import SHORT
 from tptrain.config import ConfigError, DataConfig, TokenizerConfig
 from tptrain.data import ByteTokenizer, load_tokenizer, train_tokenizer
 from tptrain.data.hf_tokenizer import HFTokenizer
+from tptrain.data.lock import locked
 from tptrain.data.sources import open_source
 from tptrain.data.train_tokenizer import obtain_tokenizer
 
@@ -200,6 +203,23 @@ def test_found_again_by_what_it_was_learned_from(data: DataConfig, tmp_path: Pat
     Path(data.path).write_text(json.dumps({"text": "another"}))
     obtain(data)
     assert len(list((tmp_path / "stores").iterdir())) == 4
+
+
+def test_of_two_that_start_together_one_learns(data: DataConfig, tmp_path: Path) -> None:
+    """And what a learner that was killed left is gone."""
+    folder = Path(data.store_dir) / f"tokenizer-{train_tokenizer._fingerprint(data, [open_source(data)])[:16]}"
+    (folder.parent / f".documents-{folder.name}-left").mkdir(parents=True)
+    reports: list[list[str]] = [[], [], []]
+    threads = [threading.Thread(target=obtain, args=(data, lines)) for lines in reports]
+    with locked(folder.with_name(f".{folder.name}.lock"), lambda: None):
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: all(reports))
+    for thread in threads:
+        thread.join(60)
+    assert [lines[0] for lines in reports] == [f"waiting for another process that learns {folder}"] * 3
+    assert sorted(len(lines) for lines in reports) == [2, 2, 4]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_a_torn_file_is_never_seen(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -26,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from tptrain.data.checksums import FileNote, SummedFile, write_summed
+from tptrain.data.fingerprint import hash_of
 from tptrain.data.lock import locked
 from tptrain.data.memorize import KEY, random_tokens
 from tptrain.data.meta import FORMAT, SPLITS, Meta, Shard, SplitMeta, dtype_of, write_meta
@@ -67,7 +66,7 @@ def _fingerprint(part: SourceConfig, source: Source | None, tokenizer: Tokenizer
         parts: list[object] = ["memorize", KEY, _memorize_tokens(part, data), part.vocab_size]
     else:
         parts = [part.source, source.fingerprint(), part.text_column, tokenizer.name, tokenizer.fingerprint(), val_fraction]
-    return hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()
+    return hash_of(FORMAT, *parts)
 
 
 class _Builder:

@@ -128,7 +128,7 @@ class Dealer:
             except Exception as error:  # whatever a reader of any format raises
                 self._batches = None
                 if pause is None or not is_network_error(error):
-                    raise self._unreadable(error) from error
+                    raise unreadable(self._name, self._first_row + self._at[1] * self._lanes * self._block, error) from error
                 self._report(f"{self._name}: {_short(error)}; trying again in {pause:g} s")
                 time.sleep(pause)
         epoch, number = self._at
@@ -161,14 +161,13 @@ class Dealer:
         fault = "is missing" if rows is None else f"is {kind_of(rows[place])}"
         raise bad_field("data", self._column, fault, f"{self._name}, row {row}", batch)
 
-    def _unreadable(self, error: Exception) -> ConfigError:
-        row = self._first_row + self._at[1] * self._lanes * self._block
-        if is_network_error(error):
-            remedy = "start the run again when the network is back, and it goes on from its last checkpoint"
-            return refuse("data.streaming", True, f"lost its connection after row {row} of {self._name} ({_short(error)})", remedy)
-        return refuse(
-            "data.streaming", True, f"cannot read {self._name} after row {row} ({_short(error)})", "repair or leave out that file"
-        )
+
+def unreadable(name: str, row: int, error: Exception) -> ConfigError:
+    """The refusal of the stream `name` that gave `row` rows and then an error of its reader."""
+    if is_network_error(error):
+        remedy = "start the run again when the network is back, and it goes on from its last checkpoint"
+        return refuse("data.streaming", True, f"lost its connection after row {row} of {name} ({_short(error)})", remedy)
+    return refuse("data.streaming", True, f"cannot read {name} after row {row} ({_short(error)})", "repair or leave out that file")
 
 
 def is_network_error(error: BaseException) -> bool:

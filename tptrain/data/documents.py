@@ -57,6 +57,17 @@ class Documents:
         return texts
 
 
+@dataclass(frozen=True)
+class RowNumber:
+    """`where` of rows that are known by their number in a source: `hub c4 en, row 17`."""
+
+    label: str
+
+    def __call__(self, index: int) -> str:
+        """The row of document `index`, counted from 1."""
+        return f"{self.label}, row {index + 1}"
+
+
 def bad_field(prefix: str, column: str, fault: str, where: str, columns: Iterable[str]) -> ConfigError:
     """The refusal of a row whose text cannot be used: `data.text_column=text is null in a.jsonl, row 2 (columns: id, text): ...`."""
     listed = ", ".join(columns) or "none"

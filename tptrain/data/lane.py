@@ -13,32 +13,21 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from tptrain.config_error import refuse
 from tptrain.data.dealer import Dealer, State
 from tptrain.data.sampler import permute
+from tptrain.data.tokenizers import Tokenizer
 from tptrain.data_config import DataConfig
 
 _PIECE_CHARACTERS = 1 << 18
 """About so much text is tokenised at a time."""
 _FAR_TOKENS = 1 << 22
 """Reading on over more than so many tokens takes seconds, and is reported."""
-
-
-class Encoder(Protocol):
-    """What a lane needs of a tokenizer."""
-
-    @property
-    def end_of_document(self) -> int:
-        """The id that follows each document."""
-
-    def encode_batch(self, texts: list[str]) -> Sequence[np.ndarray]:
-        """The ids of each text, integers [n], with no end id."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +53,7 @@ class Lane:
         dealer: Dealer,
         number: int,
         place: int,
-        tokenizer: Encoder,
+        tokenizer: Tokenizer,
         data: DataConfig,
         seed: int,
         report: Callable[[str], None] = print,

@@ -6,7 +6,6 @@ tokenizer, which may have to be trained; then the store of each source, found in
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +14,11 @@ from tptrain.config import Config
 from tptrain.config_error import refuse
 from tptrain.data.build import build_store
 from tptrain.data.dataset import is_held_out
+from tptrain.data.fingerprint import hash_of
 from tptrain.data.head import Head
 from tptrain.data.mixture import PERIOD, shares_of, slots_of
 from tptrain.data.sources import Source, open_source
+from tptrain.data.space import Space
 from tptrain.data.store import Split, TokenStore
 from tptrain.data.stores import Stores
 from tptrain.data.tokenizers import Tokenizer
@@ -87,15 +88,14 @@ def _open_parts(config: Config) -> tuple[list[_Part], list[_Part], list[_Part]]:
 
 
 def _keep(stores: Stores, data: DataConfig, tokenizer: Tokenizer | None) -> Path:
-    """Write the folder that names the stores."""
+    """Write the folder that names the stores. Raises ConfigError for a data.store_dir that cannot hold it."""
     parent = Path(data.store_dir).expanduser().absolute()
     of_tokenizer = tokenizer.fingerprint() if tokenizer is not None and data.streaming else ""  # else the stores' names tell
-    fingerprint = hashlib.sha256((stores.text(parent / "set") + of_tokenizer).encode()).hexdigest()
-    folder = parent / f"set-{fingerprint[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if tokenizer is not None:
-        tokenizer.save(folder)
-    stores.save(folder)
+    folder = parent / f"set-{hash_of(stores.text(parent / 'set'), of_tokenizer)[:16]}"
+    with Space(data.store_dir, parent):
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        stores.save(folder)
     return folder
 
 

@@ -32,9 +32,9 @@ class Space:
         found = _disk_error(error)
         if found is None or isinstance(error, ConfigError):
             return
-        path = found.filename or self._where
+        path = found.filename
         if found.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise self._full(path) from error
+            raise self._full(path or self._where) from error
         if path is not None and (Path(path).is_relative_to(self._folder) or self._folder.is_relative_to(path)):
             where = f": {path}" if Path(path).is_relative_to(self._folder) and Path(path) != self._folder else ""
             raise refuse("data.store_dir", self._store_dir, f"cannot hold a token store ({found.strerror}{where})",

@@ -46,7 +46,6 @@ class Stores:
 
     def save(self, folder: Path) -> None:
         """Write `folder`'s index.json: whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / INDEX_FILE, self.text(folder).encode())
 
 

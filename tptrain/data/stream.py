@@ -20,35 +20,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from tptrain.config_error import refuse
 from tptrain.data.dealer import Dealer
-from tptrain.data.lane import Encoder, Lane, Mark
+from tptrain.data.lane import Lane, Mark
+from tptrain.data.sources import Source
+from tptrain.data.tokenizers import Tokenizer
 from tptrain.data_config import DataConfig
-
-if TYPE_CHECKING:
-    import datasets
 
 _REMEMBERED_CALLS = 64
 """So many calls of `rows` the trainer may be behind the reader, with `state` still exact and near."""
-
-
-class Streamed(Protocol):
-    """What a stream needs of a source."""
-
-    @property
-    def label(self) -> str:
-        """For messages."""
-
-    @property
-    def column(self) -> str:
-        """Which column of the rows holds the text."""
-
-    def stream(self) -> datasets.IterableDataset:
-        """Its rows, with the column `column`, in the same order each time; an object of its own, since it keeps where its reader stands."""
 
 
 class StreamRows:
@@ -61,7 +45,7 @@ class StreamRows:
     samples_per_epoch: None = None
     """A stream has no known end."""
 
-    def __init__(self, source: Streamed, tokenizer: Encoder, data: DataConfig, seed: int, report: Callable[[str], None] = print) -> None:
+    def __init__(self, source: Source, tokenizer: Tokenizer, data: DataConfig, seed: int, report: Callable[[str], None] = print) -> None:
         self._data, self._tokenizer, self._seed, self._report = data, tokenizer, seed, report
         self._source = source
         self._lanes: dict[int, Lane] = {}
@@ -142,7 +126,7 @@ def merge_states(states: Iterable[Mapping[str, Any] | None]) -> dict[str, Any] |
     return {"of": known[0]["of"], "lanes": lanes}
 
 
-def _deal_files(source: Streamed, data: DataConfig, report: Callable[[str], None]) -> list[Dealer]:
+def _deal_files(source: Source, data: DataConfig, report: Callable[[str], None]) -> list[Dealer]:
     """A dealer for each part of the files: as many parts as divide both the files and the lanes.
 
     With documents held out at the start there is one part, because `datasets` takes them from the start of each part.

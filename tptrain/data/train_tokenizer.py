@@ -9,16 +9,18 @@ be among what it is learned from: it counts how often pieces of words occur, and
 
 from __future__ import annotations
 
-import hashlib
-import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tptrain.config_error import refuse
-from tptrain.data.documents import Documents, bad_field, kind_of
+from tptrain.data.documents import Documents
+from tptrain.data.fingerprint import hash_of
+from tptrain.data.head import texts_of
 from tptrain.data.hf_tokenizer import FILE, HFTokenizer
+from tptrain.data.lock import locked
 from tptrain.data.sources import Source
 from tptrain.data.tokenizers import Tokenizer, load_tokenizer
 from tptrain.data_config import DataConfig
@@ -50,18 +52,33 @@ def obtain_tokenizer(data: DataConfig, sources: Sequence[Source], report: Callab
         return load_tokenizer(data)
     folder = Path(data.store_dir).expanduser().absolute() / f"tokenizer-{_fingerprint(data, sources)[:16]}"
     if (folder / FILE).is_file():
-        tokenizer = load_tokenizer(data, folder)
-        if tokenizer is not None:
-            report(f"tokenizer: {tokenizer.vocab_size} ids in {folder}")
-        return tokenizer
+        return _found(data, folder, report)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent, prefix=".documents-") as cache_dir:
-            trained = _train(data, _texts(sources, Path(cache_dir), data.streaming), report, ", ".join(source.label for source in sources))
-        trained.save(folder)
+        return _learn(data, sources, folder, report)
     except OSError as error:
         raise refuse("data.store_dir", data.store_dir, f"cannot hold a tokenizer ({error.strerror or error})",
                      "use data.store_dir=FOLDER with one that you can write to") from error  # fmt: skip
+
+
+def _found(data: DataConfig, folder: Path, report: Callable[[str], None]) -> Tokenizer | None:
+    tokenizer = load_tokenizer(data, folder)
+    if tokenizer is not None:
+        report(f"tokenizer: {tokenizer.vocab_size} ids in {folder}")
+    return tokenizer
+
+
+def _learn(data: DataConfig, sources: Sequence[Source], folder: Path, report: Callable[[str], None]) -> Tokenizer | None:
+    """Learn it and keep it in `folder`, or wait for the process that does. Raises OSError where it cannot be written."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".documents-{folder.name}-"
+    with locked(folder.with_name(f".{folder.name}.lock"), lambda: report(f"waiting for another process that learns {folder}")) as alone:
+        for left in folder.parent.glob(f"{prefix}*") if alone else ():  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        if (folder / FILE).is_file():
+            return _found(data, folder, report)
+        with TemporaryDirectory(dir=folder.parent, prefix=prefix) as cache_dir:
+            trained = _train(data, _texts(sources, Path(cache_dir), data.streaming), report, ", ".join(source.label for source in sources))
+        trained.save(folder)
     report(f"tokenizer: kept in {folder}")
     return trained
 
@@ -71,7 +88,7 @@ def _fingerprint(data: DataConfig, sources: Sequence[Source]) -> str:
     asked = data.tokenizer
     numbers = [_FORMAT, _LIMIT_CHARACTERS, _PIECE_CHARACTERS, _BLOCK_DOCUMENTS, _WORD_BYTES, _LEAST_COUNT]
     parts = [*numbers, asked.vocab_size, asked.end_token or _END_TOKEN, data.streaming, [source.fingerprint() for source in sources]]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hash_of(*parts)
 
 
 def _train(data: DataConfig, texts: Iterator[str], report: Callable[[str], None], label: str) -> HFTokenizer:
@@ -114,7 +131,7 @@ def _texts(sources: Sequence[Source], cache_dir: Path, streaming: bool) -> Itera
     """The text to learn from, in pieces."""
     limit = _LIMIT_CHARACTERS // len(sources)
     for index, source in enumerate(sources):
-        texts = _streamed(source) if streaming else _spread(source.load(cache_dir / str(index)))
+        texts = texts_of(source) if streaming else _spread(source.load(cache_dir / str(index)))
         yield from _pieces(texts, limit)
 
 
@@ -147,13 +164,3 @@ def _reversed_bits(count: int) -> Iterator[int]:
         place = int(format(number, f"0{bits}b")[::-1], 2) if bits else 0
         if place < count:
             yield place
-
-
-def _streamed(source: Source) -> Iterator[str]:
-    """The rows' texts. Raises ConfigError for a row whose text is null or no text."""
-    for number, row in enumerate(source.stream(), 1):
-        text = row.get(source.column)
-        if not isinstance(text, str):
-            fault = kind_of(text) if source.column in row else "missing"
-            raise bad_field("data", source.column, f"is {fault}", f"{source.label}, row {number}", row)
-        yield text

@@ -1,9 +1,7 @@
-"""What the sources share: hashes, names of files in a cache, rows as a stream, and quiet."""
+"""What the sources share: names of files in a cache, rows as a stream, and quiet."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import datasets
-
-
-def hash_of(*parts: object) -> str:
-    """SHA-256 of what JSON can hold, in hex digits."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def cache_file(cache_dir: Path, fingerprint: str) -> Path:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tptrain.config_error import ConfigError, refuse
-from tptrain.data.documents import Documents, check_column
-from tptrain.data.sources.common import hash_of
+from tptrain.data.documents import Documents, RowNumber, check_column
+from tptrain.data.fingerprint import hash_of
 from tptrain.data_config import SourceConfig
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class HubSource:
         check_column(self.prefix, self.column, dataset.features.arrow_schema, self._where)
         columns = tuple(dataset.column_names)
         dataset = dataset.with_format(None).select_columns([self.column])
-        return Documents(dataset, self.column, None, _Where(self.label), columns, self.prefix)
+        return Documents(dataset, self.column, None, RowNumber(self.label), columns, self.prefix)
 
     def stream(self) -> datasets.IterableDataset:
         """Row after row, from the hub. Raises ConfigError; a column whose type is unknown beforehand is not checked."""
@@ -149,11 +149,3 @@ def _cache_only(wanted: bool) -> Iterator[None]:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
-
-
-@dataclass(frozen=True)
-class _Where:
-    label: str
-
-    def __call__(self, index: int) -> str:
-        return f"{self.label}, row {index + 1}"

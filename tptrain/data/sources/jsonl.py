@@ -23,7 +23,8 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from tptrain.config_error import ConfigError, as_text, refuse
 from tptrain.data.documents import Documents, bad_field, kind_of, write_documents
-from tptrain.data.sources.common import by_rows, cache_file, hash_of
+from tptrain.data.fingerprint import hash_of
+from tptrain.data.sources.common import by_rows, cache_file
 from tptrain.data.sources.files import Files, list_files
 from tptrain.data_config import SourceConfig
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tptrain.config_error import ConfigError, as_text, refuse
 from tptrain.data.documents import Documents, check_column
-from tptrain.data.sources.common import hash_of, quietly
+from tptrain.data.fingerprint import hash_of
+from tptrain.data.sources.common import quietly
 from tptrain.data.sources.files import Files, list_files
 from tptrain.data_config import SourceConfig
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tptrain.config_error import refuse
-from tptrain.data.documents import Documents, check_column
-from tptrain.data.sources.common import hash_of
+from tptrain.data.documents import Documents, RowNumber, check_column
+from tptrain.data.fingerprint import hash_of
 from tptrain.data.sources.files import Files, is_saved, walk
 from tptrain.data_config import SourceConfig
 
@@ -50,7 +50,7 @@ class SavedSource:
         check_column(self.prefix, self.column, dataset.features.arrow_schema, f"{self.folder}, row 1")
         columns = tuple(dataset.column_names)
         dataset = dataset.with_format(None).select_columns([self.column])
-        return Documents(dataset, self.column, None, _Where(str(self.folder)), columns, self.prefix)
+        return Documents(dataset, self.column, None, RowNumber(str(self.folder)), columns, self.prefix)
 
     def stream(self) -> datasets.IterableDataset:
         """Row after row, in up to 64 shards, a power of two, so that as many readers can share them out evenly."""
@@ -76,11 +76,3 @@ def open_saved(part: SourceConfig, prefix: str, split: str | None) -> SavedSourc
     if wanted not in splits:
         raise refuse(split_key, wanted, f"is no split of {part.path}", f"use {' or '.join(splits)}")
     return SavedSource(folder / wanted, part.path, part.text_column, prefix)
-
-
-@dataclass(frozen=True)
-class _Where:
-    folder: str
-
-    def __call__(self, index: int) -> str:
-        return f"{self.folder}, row {index + 1}"

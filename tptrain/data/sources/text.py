@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from tptrain.config_error import as_text, refuse
 from tptrain.data.documents import Documents, write_documents
-from tptrain.data.sources.common import by_rows, cache_file, hash_of
+from tptrain.data.fingerprint import hash_of
+from tptrain.data.sources.common import by_rows, cache_file
 from tptrain.data.sources.files import Files, list_files, walk
 
 if TYPE_CHECKING:
