@@ -117,7 +117,7 @@ def check_data(data: DataConfig) -> None:
         raise refuse("data.num_proc", data.num_proc, "is neither auto nor a positive integer", "use auto, 1, 2, ...")
     if data.tokenizer.name == "train" and data.tokenizer.vocab_size < 257:
         raise refuse("data.tokenizer.vocab_size", data.tokenizer.vocab_size, "is below the 256 bytes and the end token", "use 257 or more")
-    if data.document_mask and "memorize" in (data.source, *(part.source for part in data.mixture.values())):
+    if data.document_mask and "memorize" in (data.source, *(part.source for part in (*data.mixture.values(), *data.val_sets.values()))):
         raise refuse("data.document_mask", True, "needs documents, and source=memorize has none", "use data.document_mask=false")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,9 @@ def test_a_run_goes_on_with_the_same_data_only(tmp_path: Path) -> None:
     asked.data.tokenizer.end_token = None
     asked.data.val_fraction = 0.5
     assert start_of(asked, mixed(), tmp_path / "fraction").startswith("data.val_fraction=0.5 differs from 0.05 of ")
+    asked.data = DataConfig("memorize", seq_len=16, vocab_size=64)
+    saved = replace(asked, data=replace(asked.data, vocab_size=128))
+    assert start_of(asked, saved, tmp_path / "drawn").startswith("data.vocab_size=64 differs from 128 of ")
 
 
 def test_what_may_change_between_two_starts(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import tptrain.data.mixture
 from tptrain.config import Config, ConfigError
 from tptrain.data import Mixture, TokenStore, open_data, prepare
 from tptrain.data.mixture import PERIOD, shares_of, slots_of, spread
-from tptrain.data_config import MixturePart, SourceConfig, check_data
+from tptrain.data_config import DataConfig, MixturePart, SourceConfig, check_data
 
 
 class Numbered:
@@ -43,14 +43,14 @@ def test_the_shares_hold_over_any_10_000_samples(weights: list[float]) -> None:
     """Within 0.1 % of the samples; in fact within two of them and the rounding of a period."""
     mixture = mixture_of(weights)
     exact = np.array(weights) / sum(weights)
-    # counts[g, s]: samples of source s among the first g, over two periods and a half
+    # count[g]: samples of a source among the first g, over two periods and a half
     order = mixture.rows(0, 5 * PERIOD // 2)[:, 0]
-    counts = np.stack([np.concatenate([[0], np.cumsum(order == number)]) for number in range(len(weights))], axis=1)
-    for length in (10_000, 10_001, 100, 1):
-        off = np.abs(counts[length:] - counts[:-length] - exact * length)
-        assert off.max() < 2 + length * 1e-5
-    assert off.shape == (5 * PERIOD // 2, len(weights)), "every window, wherever it starts"
-    assert np.abs(counts[10_000:] - counts[:-10_000] - exact * 10_000).max() < 0.001 * 10_000
+    assert len(order) == 5 * PERIOD // 2, "every window, wherever it starts"
+    for number, share in enumerate(exact):
+        count = np.concatenate([[0], np.cumsum(order == number)])
+        for length in (10_000, 10_001, 100, 1):
+            assert np.abs(count[length:] - count[:-length] - share * length).max() < 2 + length * 1e-5
+        assert np.abs(count[10_000:] - count[:-10_000] - share * 10_000).max() < 0.001 * 10_000
 
 
 @pytest.mark.parametrize("weights", WEIGHTS[:4], ids=len)
@@ -298,6 +298,21 @@ def test_a_validation_set_has_no_name_of_the_mixture(mixture_config: Callable[..
     config = mixture_config(val_sets={"wiki": SourceConfig("text", path=corpora("books", 9))})
     with pytest.raises(ConfigError, match=r"^data\.val_sets=wiki is also a source of the mixture, .*: use another name$"):
         check_data(config.data)
+
+
+@pytest.mark.parametrize("place", ["data", "mixture", "val_sets"])
+def test_documents_are_kept_apart_where_there_are_documents(place: str) -> None:
+    """Random ids hold the id that ends documents like any other."""
+    text, ids = MixturePart("text", path="a"), MixturePart("memorize")
+    data = {
+        "data": DataConfig("memorize", seq_len=8, document_mask=True),
+        "mixture": DataConfig("mixture", seq_len=8, document_mask=True, mixture={"a": text, "b": ids}),
+        "val_sets": DataConfig("text", path="a", seq_len=8, document_mask=True, val_sets={"b": ids}),
+    }[place]
+    with pytest.raises(ConfigError, match=r"^data\.document_mask=true needs documents, and source=memorize has none: "):
+        check_data(data)
+    data.document_mask = False
+    check_data(data)
 
 
 def test_the_period_is_what_the_docstring_says() -> None:

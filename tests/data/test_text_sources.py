@@ -46,7 +46,7 @@ def test_each_document_is_its_bytes_and_the_end(folder: Path, make_config: Calla
     assert store.train.num_documents == 7
     assert store.train.tokens.dtype == np.uint16
     assert (store.tokenizer, store.end_of_document, store.vocab_size, store.source) == ("byte", 256, 257, "text")
-    assert [store.split("val").document(index).tolist() for index in range(3)] == val
+    assert [store.val.document(index).tolist() for index in range(3)] == val
 
 
 def test_the_seed_does_not_choose_the_split(folder: Path, make_config: Callable[..., Config]) -> None:

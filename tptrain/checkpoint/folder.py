@@ -30,8 +30,8 @@ _MUST_EQUAL = {
     ),
     "optimizer": ("name", "momentum"),
     "data": (
-        "source", "seq_len", "name", "subset", "split", "text_column", "tokenizer", "val_fraction", "mixture", "temperature", "streaming",
-        "stream_lanes", "stream_run", "shuffle_buffer", "val_documents",
+        "source", "seq_len", "name", "subset", "split", "text_column", "vocab_size", "tokenizer", "val_fraction", "mixture",
+        "temperature", "streaming", "stream_lanes", "stream_run", "shuffle_buffer", "val_documents",
     ),
 }  # fmt: skip
 

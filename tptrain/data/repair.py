@@ -46,16 +46,22 @@ def find(folder: Path, fingerprint: str) -> Found | None:
     if not marked and all(unchanged(folder, note) for note in meta.files):
         return Found(folder, meta, [])
     meta = meta.with_notes(lambda note: _with_time(folder, note))  # of before the check
+    damages = damages_of(folder, meta)
+    if not damages:
+        with suppress(OSError):  # of a folder that others own
+            _settle(folder, meta)
+    return Found(folder, meta, damages)
+
+
+def damages_of(folder: Path, meta: Meta) -> list[Damage]:
+    """Read every file of a store and compare: one Damage for each that is damaged."""
     damages = []
     for note in meta.files:
         try:
             check_file(folder, note)
         except Damage as damage:
             damages.append(damage)
-    if not damages:
-        with suppress(OSError):  # of a folder that others own
-            _settle(folder, meta)
-    return Found(folder, meta, damages)
+    return damages
 
 
 def repair(found: Found, work: Work, num_proc: Any, report: Callable[[str], None], space: Space) -> bool:

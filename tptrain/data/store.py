@@ -84,7 +84,3 @@ class TokenStore:
         """The store in `folder` whose meta.json was read already."""
         train, val = (Split(folder, meta.splits[name], meta.dtype) for name in SPLITS)
         return cls(folder, meta.fingerprint, meta.source, meta.tokenizer, meta.vocab_size, meta.end_of_document, train, val)
-
-    def split(self, name: str) -> Split:
-        """`train` or `val`. Raises KeyError for another name."""
-        return {"train": self.train, "val": self.val}[name]

@@ -82,8 +82,13 @@ def read_offsets(folder: Path, note: FileNote) -> np.ndarray:
     return np.frombuffer(found.data, dtype="<i8")
 
 
+def leave_mark(folder: Path, damages: Sequence[Damage]) -> None:
+    """Have the next builder check every file, where the folder can be written to."""
+    with suppress(OSError):
+        (folder / MARK).write_text("".join(f"{damage}\n" for damage in damages))
+
+
 def refuse_damage(folder: Path, damage: Damage) -> NoReturn:
     """Leave the mark, where the folder can be written to, and raise StoreError."""
-    with suppress(OSError):
-        (folder / MARK).write_text(f"{damage}\n")
+    leave_mark(folder, [damage])
     raise StoreError(f"{damage}: start the run again, and it is built anew") from damage

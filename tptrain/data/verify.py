@@ -6,16 +6,16 @@ A start compares sizes and times, and a training checks the blocks that it reads
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from tptrain.config import Config
 from tptrain.config_error import refuse
-from tptrain.data.checksums import Damage, check_file
+from tptrain.data.checksums import Damage
 from tptrain.data.meta import read_meta
 from tptrain.data.prepare import prepare
+from tptrain.data.repair import damages_of
 from tptrain.data.stores import Stores, find_stores
-from tptrain.data.tokens import MARK
+from tptrain.data.tokens import leave_mark
 
 
 def prepare_verified(config: Config, report: Callable[[str], None] = print) -> tuple[Path, Stores]:
@@ -34,15 +34,9 @@ def prepare_verified(config: Config, report: Callable[[str], None] = print) -> t
 
 def verify(folder: Path) -> list[Damage]:
     """Compare every file of a store: one Damage for each that is damaged. Leaves the mark by which the next builder finds them."""
-    damages = []
-    for note in read_meta(folder).files:
-        try:
-            check_file(folder, note)
-        except Damage as damage:
-            damages.append(damage)
+    damages = damages_of(folder, read_meta(folder))
     if damages:
-        with suppress(OSError):  # of a folder that others own
-            (folder / MARK).write_text("".join(f"{damage}\n" for damage in damages))
+        leave_mark(folder, damages)
     return damages
 
 
