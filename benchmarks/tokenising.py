@@ -31,11 +31,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.alternate import ratio, turns
-from benchmarks.bpe import learn
+from benchmarks.bpe import END_TOKEN, learn
 from tptrain.data import TokenStore
 from tptrain.data.build import build_store
 from tptrain.data.checksums import BLOCK_BYTES, FileNote, sums_path
 from tptrain.data.documents import Documents, write_documents
+from tptrain.data.hf_tokenizer import HFTokenizer
 from tptrain.data.meta import Meta, Shard, SplitMeta, write_meta
 from tptrain.data.sampler import permute
 from tptrain.data.sources import open_source
@@ -76,7 +77,8 @@ def compare_writing(folder: Path, megabytes: int, rounds: int, processes: int) -
     data = DataConfig("python_docs", seq_len=1024, store_dir=str(folder / "stores"), num_proc=processes)
     python_docs = open_source(data).load(folder / "python_docs")
     texts = python_docs.texts(0, len(python_docs))
-    tokenizer = learn(texts)
+    core = learn(texts)
+    tokenizer = HFTokenizer("bpe", core, END_TOKEN)
     dataset = write_documents(copies(texts, megabytes * 10**6), "text", folder / "copies.arrow")
     documents = Documents(dataset, "text", None, str, ("text",))
     sizes = [
@@ -91,7 +93,6 @@ def compare_writing(folder: Path, megabytes: int, rounds: int, processes: int) -
     def theirs() -> Any:
         shutil.rmtree(folder / "map", ignore_errors=True)
         (folder / "map").mkdir()
-        core = tokenizer.core
 
         def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
             return {"ids": [one.ids for one in core.encode_batch_fast(rows["text"], add_special_tokens=False)]}
