@@ -321,8 +321,8 @@ def test_a_stop_ends_the_learning(data: DataConfig, monkeypatch: pytest.MonkeyPa
 
 
 def test_text_without_blanks_does_not_take_for_ever(tmp_path: Path) -> None:
-    """A quarter of a million letters in one word take as long as a million letters in short ones, within some factor."""
-    letters = random.Random(0).choices("ACGT", k=250_000)
+    """A million letters in one word take as long as a million letters in short ones, within some factor."""
+    letters = random.Random(0).choices("ACGT", k=1_000_000)
     seconds = {}
     for name, text in (
         ("words", "".join(letter + " " * (place % 8 == 0) for place, letter in enumerate(letters))),
