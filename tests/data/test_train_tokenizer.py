@@ -321,10 +321,11 @@ def test_a_stop_ends_the_learning(data: DataConfig, monkeypatch: pytest.MonkeyPa
 
 
 def test_text_without_blanks_does_not_take_for_ever(tmp_path: Path) -> None:
-    """A million letters in one word take as long as a million letters in short ones, within some factor."""
-    letters = random.Random(0).choices("ACGT", k=1_000_000)
+    """A quarter of a million letters in one word take about as long as in short ones; not cut, nine times as long."""
+    letters = random.Random(0).choices("ACGT", k=250_000)
     seconds = {}
     for name, text in (
+        ("warm", "the libraries are imported"),
         ("words", "".join(letter + " " * (place % 8 == 0) for place, letter in enumerate(letters))),
         ("one", "".join(letters)),
     ):
@@ -334,4 +335,4 @@ def test_text_without_blanks_does_not_take_for_ever(tmp_path: Path) -> None:
         began = time.process_time()
         obtain(config)
         seconds[name] = time.process_time() - began
-    assert seconds["one"] < 15 * seconds["words"], seconds
+    assert seconds["one"] < 3 * seconds["words"], seconds
