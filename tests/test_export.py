@@ -23,7 +23,7 @@ def test_from_their_folder_to_ours_and_back(tmp_path: Path) -> None:
     import transformers
 
     (tmp_path / "text.txt").write_text(TEXT)
-    theirs = their_model("gpt2", True)
+    theirs = their_model("gpt2", True, spread=0.03)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
     common = [*PLAIN, *DATA, *SHORT, *on_command_line("gpt2", True), "train.init_from=theirs", "optimizer.lr=0"]
     split = ["parallel.tp=2", "parallel.pp=2"]

@@ -28,8 +28,11 @@ def on_command_line(family: str, tied: bool) -> list[str]:
     return [f"{key.replace('__', '.')}={str(value).lower()}" for key, value in keys_of(family, tied).items()]
 
 
-def their_model(family: str, tied: bool, **more: Any) -> Any:
-    """The model of those keys, made by transformers, with random values: biases are not zero, norms not one."""
+def their_model(family: str, tied: bool, spread: float = 0.2, **more: Any) -> Any:
+    """The model of those keys, made by transformers, with random values: biases are not zero, norms not one.
+
+    spread: the standard deviation of what is added to transformers' initial values.
+    """
     import transformers
 
     if family == "gpt2":
@@ -47,7 +50,7 @@ def their_model(family: str, tied: bool, **more: Any) -> Any:
         model = transformers.LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
-        parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        parameter.data.add_(spread * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
