@@ -50,10 +50,7 @@ def settle(config: GenerateConfig) -> GenerateConfig:
     run_dir = Path(config.run)
     trained = read_run(run_dir)
     settled = launch.settle(_in_layout(trained, config), None)
-    checkpoint = find_checkpoint(config, run_dir)
-    for key, asked, saved in differences(trained, checkpoint, ["model"]):
-        rule = f"is of another model: its {key} is {saved}, and that of {run_dir} is {asked}"
-        raise refuse("checkpoint", config.checkpoint.load, rule, "use run=FOLDER with the run that saved it")
+    checkpoint = find_checkpoint(config.checkpoint.load, run_dir, trained)
     return replace(
         config,
         run=str(run_dir.absolute()),
@@ -79,18 +76,26 @@ def read_run(run_dir: Path) -> Config:
     return config
 
 
-def find_checkpoint(config: GenerateConfig, run_dir: Path) -> Path:
-    """The folder of the checkpoint asked for. Raises ConfigError where there is none, or it is not complete."""
+def find_checkpoint(load: str, run_dir: Path, trained: Config) -> Path:
+    """The folder of the checkpoint asked for. Raises ConfigError where there is none, it is not complete, or of another model."""
+    checkpoint = _checkpoint_folder(load, run_dir)
+    for key, asked, saved in differences(trained, checkpoint, ["model"]):
+        rule = f"is of another model: its {key} is {saved}, and that of {run_dir} is {asked}"
+        raise refuse("checkpoint", load, rule, "use run=FOLDER with the run that saved it")
+    return checkpoint
+
+
+def _checkpoint_folder(load: str, run_dir: Path) -> Path:
     complete = complete_checkpoints(run_dir)
-    if config.checkpoint.load == "latest":
+    if load == "latest":
         if not complete:
             raise refuse("run", run_dir, "has no complete checkpoint", "train until it saves one, or use checkpoint=PATH")
         return complete[-1].absolute()
-    for folder in (run_dir / "checkpoints" / config.checkpoint.load, Path(config.checkpoint.load)):
+    for folder in (run_dir / "checkpoints" / load, Path(load)):
         if (folder / STATE_FILE).is_file():
             return folder.absolute()
     known = ", ".join(["latest", *(path.name for path in complete[-5:])])
-    raise refuse("checkpoint", config.checkpoint.load, "is no complete checkpoint", f"use {known}, or the path of a step-* folder")
+    raise refuse("checkpoint", load, "is no complete checkpoint", f"use {known}, or the path of a step-* folder")
 
 
 def _in_layout(trained: Config, config: GenerateConfig) -> Config:

@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from tptrain.checkpoint.hugging_face.weights import load_weights
 from tptrain.config import Config
 from tptrain.data.dataset import open_data
 from tptrain.mesh import Mesh, build_mesh, own_device
@@ -144,6 +145,8 @@ def _run(
     device = own_device(config.hardware.device)
     mesh = build_mesh(config.parallel, device, config.launch.timeout_seconds)
     trainer = Trainer(config, mesh, open_data(config, store_dir))
+    if config.train.init_from is not None:
+        load_weights(config.train.init_from, config.model, trainer.share.named_parameters())
     measured: dict[str, list[float]] = {"loss": [], "grad_norm": []}
     look("start", 0, _whole(trainer.share, gradients=False))
     for step in range(1, config.check.steps + 1):

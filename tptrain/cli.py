@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tptrain.config import Config, ConfigError, refuse, resolve
+from tptrain.export_config import ExportConfig
 from tptrain.generate_config import GenerateConfig
 from tptrain.plot_config import PlotConfig
 
@@ -78,6 +79,17 @@ def generate(cfg: DictConfig, run_dir: Path) -> None:
     answer.generate(typed_as(GenerateConfig, cfg))
 
 
+def export(cfg: DictConfig, run_dir: Path) -> None:
+    """Write a run's model as Hugging Face's transformers loads it: `run=FOLDER to=FOLDER`."""
+    from tptrain import launch
+
+    if launch.given_place() is not None:
+        raise ConfigError("tptrain export is one process, but this is one of a launcher's: run it without torchrun")
+    from tptrain.export import export as write
+
+    write(typed_as(ExportConfig, cfg))
+
+
 def plan(cfg: DictConfig, run_dir: Path) -> None:
     """Print the stages of a config's pipeline, its bubble and its schedule; nothing is started."""
     from tptrain import launch
@@ -118,6 +130,7 @@ VERBS = {
     "check": Verb(check),
     "data": Verb(data),
     "generate": Verb(generate, "generate", GenerateConfig, {"prompt": "prompt", "checkpoint": "checkpoint.load"}, keeps=False),
+    "export": Verb(export, "export", ExportConfig, {"run": "run", "to": "to", "checkpoint": "checkpoint.load"}, keeps=False),
     "plan": Verb(plan, keeps=False),
     "plot": Verb(plot, "plot", PlotConfig, {"run": "run", "to": "to"}, keeps=False),
 }
@@ -308,6 +321,7 @@ def _store_schemas() -> None:
 
     ConfigStore.instance().store(name="schema", node=schema())
     ConfigStore.instance().store(name="generate_schema", node=schema(GenerateConfig))
+    ConfigStore.instance().store(name="export_schema", node=schema(ExportConfig))
     ConfigStore.instance().store(name="plot_schema", node=schema(PlotConfig))
 
 

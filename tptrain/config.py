@@ -133,7 +133,7 @@ class TrainConfig:
     label_smoothing: float
     """Share of each training target that is spread evenly over the vocabulary; evaluation has none."""
     init_from: str | None
-    """Folder with weights to start from."""
+    """Folder of a GPT-2 or a Llama that transformers saved, whose weights are the initial ones; null: random."""
     sample_tokens: int
     """Tokens that the trained model writes at the end of the run; 0 means none."""
     trace_steps: list[int] = field(default_factory=list)
@@ -403,7 +403,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "parallel.recompute": ("none", "selective", "full"),
     "train.precision": ("fp32", "bf16"),
     "train.compile": (False,),
-    "train.init_from": (None,),
     "optimizer.name": ("adamw", "sgd"),
     "lr_schedule.name": ("cosine", "constant"),
     "checkpoint.async_save": (False,),

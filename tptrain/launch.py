@@ -149,14 +149,17 @@ def count_gpus() -> int:
 
 
 def _prepare(config: Config, run_dir: Path) -> Job:
-    """Look for the checkpoint to start from, tokenise once, write the tokenizer and `config.yaml`, make the log folder.
+    """Look for the checkpoint or the weights to start from, tokenise once, write the tokenizer and `config.yaml`, make the log folder.
 
     Raises ConfigError.
     """
     from tptrain.checkpoint.folder import find_start
+    from tptrain.checkpoint.hugging_face.folder import check_folder
     from tptrain.data import keep_tokenizer, prepare
 
     start = find_start(config, run_dir)
+    if start is None and config.train.init_from is not None:
+        check_folder(config.train.init_from, config.model)
     job = Job("train", config, run_dir.absolute(), prepare(config, print))
     keep_tokenizer(config.data, job.store_dir, job.run_dir, start)
     write_job(job)

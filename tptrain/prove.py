@@ -21,6 +21,7 @@ import rich.console
 from rich.text import Text
 
 from tptrain import launch
+from tptrain.checkpoint.hugging_face.folder import check_folder
 from tptrain.config import Config, ConfigError, ParallelConfig, refuse_unprovable
 from tptrain.data import prepare
 from tptrain.failures import JobFailed
@@ -37,6 +38,8 @@ def check(config: Config, run_dir: Path) -> None:
     """
     config = launch.settle(config, None)
     refuse_unprovable(config)
+    if config.train.init_from is not None:
+        check_folder(config.train.init_from, config.model)
     layouts, left_out = ([config], []) if config.check.layouts == "own" else every_layout(config)
     with launch.signals_stop():
         _Check(config, run_dir.absolute()).run(layouts, left_out)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tptrain.checkpoint.folder import find_start, read_state
+from tptrain.checkpoint.hugging_face.weights import load_weights
 from tptrain.checkpoint.sharded import load, save
 from tptrain.config import Config, refuse
 from tptrain.data.dataset import VAL_LOSS, open_data
@@ -78,7 +79,10 @@ def is_due(step: int, every: int) -> bool:
 
 
 def resume(trainer: Trainer, run_dir: Path) -> None:
-    """Continue from the checkpoint that the config points to, if there is one. Rank 0 looks, so that all take the same."""
+    """Continue from the checkpoint that the config points to, else begin with the weights of train.init_from, if there are any.
+
+    Rank 0 looks, so that all take the same.
+    """
     start: list[Path | None] = [None]
     if dist.get_rank() == 0:
         start[0] = find_start(trainer.config, run_dir)
@@ -90,6 +94,8 @@ def resume(trainer: Trainer, run_dir: Path) -> None:
         trainer.steps_done, trainer.samples_done = state["step"], state["samples"]
         if isinstance(trainer.data.train, StreamRows) and trainer.reads:
             trainer.data.train.load_state(state.get("stream"))
+    elif trainer.config.train.init_from is not None:
+        load_weights(trainer.config.train.init_from, trainer.config.model, trainer.share.named_parameters())
 
 
 def _check_same_data(trainer: Trainer, start: Path) -> None:

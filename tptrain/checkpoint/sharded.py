@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,14 @@ def load_model(folder: Path, stage: nn.Module, world: dist.ProcessGroup) -> dict
     with _plain_errors(f"loading {folder} failed"):
         dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), process_group=world)
     return read_state(folder)
+
+
+def load_whole(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill whole plain tensors, by their names in the whole model, from a checkpoint of any layout. One process alone calls this."""
+    wanted: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    with _plain_errors(f"loading {folder} failed"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what is meant
+        dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
 
 
 def training_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
