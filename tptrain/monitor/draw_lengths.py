@@ -42,7 +42,7 @@ def bin_edges(shortest: int, longest: int) -> np.ndarray:
     """Where bins begin and at last end: half way between whole numbers, `_BINS_A_DOUBLING` a doubling where there are so many.
 
     >>> bin_edges(1, 9).tolist()
-    [0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 9.5]
+    [0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 9.5, 10.5]
     """
     first = math.floor(_BINS_A_DOUBLING * math.log2(shortest))
     last = math.ceil(_BINS_A_DOUBLING * math.log2(longest + 1))
