@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
+from tests.saving import save_now
 from tests.support import small_config
 from tests.test_sample_order import note_inputs
 from tptrain.checkpoint.folder import complete_checkpoints, read_state
@@ -22,7 +23,7 @@ from tptrain.data.stream import StreamRows
 from tptrain.data.tokenizers import load_tokenizer
 from tptrain.data_config import SourceConfig, TokenizerConfig
 from tptrain.mesh import build_mesh
-from tptrain.train import resume, save_checkpoint
+from tptrain.train import resume
 from tptrain.trainer import Trainer
 
 STEPS = 14
@@ -71,7 +72,7 @@ def train(rank: int, folder: Path, run_dir: Path, stops: list[tuple[int, dict[st
         while trainer.steps_done < last:
             losses.append(trainer.step().loss)
             evaluations.append(trainer.evaluate())
-        save_checkpoint(trainer, run_dir)
+        save_now(trainer, run_dir)
         trainer.close()
     return {"seen": seen, "losses": losses, "evaluations": evaluations, "known": known}
 

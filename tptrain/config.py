@@ -181,9 +181,11 @@ class CheckpointConfig:
     keep: int
     """Newest checkpoints that stay."""
     async_save: bool
-    """Write in the background."""
+    """Write in the background: the run waits only while a rank copies its part in memory."""
     resume: str
     """auto: continue from the run folder's newest complete checkpoint; never; or a checkpoint's path."""
+    keep_every: int | None = None
+    """Checkpoints of steps that this divides stay for good; null means none."""
 
 
 @dataclass
@@ -405,7 +407,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "train.compile": (False,),
     "optimizer.name": ("adamw", "sgd"),
     "lr_schedule.name": ("cosine", "constant"),
-    "checkpoint.async_save": (False,),
     "wandb.mode": ("offline", "online", "disabled"),
     "hardware.device": ("auto", "cpu", "cuda"),
     "check.layouts": ("own", "all"),
@@ -421,7 +422,7 @@ _AT_LEAST: dict[str, float] = {
     "data.seq_len": 1,
     "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.momentum": 0,
     "lr_schedule.warmup_steps": 0, "lr_schedule.min_lr_ratio": 0,
-    "checkpoint.every": 0, "checkpoint.keep": 1,
+    "checkpoint.every": 0, "checkpoint.keep": 1, "checkpoint.keep_every": 1,
     "check.steps": 1, "check.processes": 1,
 }  # fmt: skip
 

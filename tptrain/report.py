@@ -133,7 +133,7 @@ class Report:
             self.console.evaluation(record)
 
     def saved(self, step: int) -> None:
-        """Note a complete checkpoint."""
+        """Note the step that a checkpoint is made of."""
         if self.speaks:
             write_status(self.run_dir, "running", step)
 

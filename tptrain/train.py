@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from tptrain.checkpoint.folder import find_start, read_state
+from tptrain.checkpoint.folder import read_state, set_aside
 from tptrain.checkpoint.hugging_face.weights import load_weights
-from tptrain.checkpoint.sharded import load, save
+from tptrain.checkpoint.saver import Saver
+from tptrain.checkpoint.sharded import choose_start, load
 from tptrain.config import Config, refuse
 from tptrain.data.dataset import VAL_LOSS, open_data
 from tptrain.data.stream import StreamRows, merge_states
 from tptrain.data.tokenizers import load_tokenizer
-from tptrain.mesh import build_mesh, own_device
+from tptrain.mesh import background_group, build_mesh, own_device
+from tptrain.monitor.log import prepare_logger
 from tptrain.monitor.peak_memory import reset_peak_memory
 from tptrain.monitor.step_timer import StepTimer
 from tptrain.report import Report
@@ -36,6 +38,7 @@ def train(config: Config, run_dir: Path, store_dir: Path) -> float | None:
     trainer = Trainer(config, mesh, open_data(config, store_dir))
     resume(trainer, run_dir)
     trainer.read_ahead()
+    saver = Saver(run_dir, config.checkpoint, background_group(config.launch.timeout_seconds))
     max_steps = config.train.max_steps
     report = Report(config, mesh, trainer, run_dir)
     timer, val_loss, result, done = StepTimer(), None, None, False
@@ -61,13 +64,15 @@ def train(config: Config, run_dir: Path, store_dir: Path) -> float | None:
                     val_loss = losses[VAL_LOSS]
                     report.evaluation(step, losses)
                 if saves:
-                    save_checkpoint(trainer, run_dir)
+                    save_checkpoint(trainer, saver)
                     report.saved(step)
         if config.train.sample_tokens and result is not None:
             report.sample(write_text(trainer, config, run_dir))
+        saver.finish()
         report.finish(trainer.steps_done, result, trainer.samples_done, val_loss, timer.overall(), time.perf_counter() - began)
         done = True
     finally:
+        saver.close()
         trainer.close()
         report.close(done)
     return val_loss
@@ -79,23 +84,27 @@ def is_due(step: int, every: int) -> bool:
 
 
 def resume(trainer: Trainer, run_dir: Path) -> None:
-    """Continue from the checkpoint that the config points to, else begin with the weights of train.init_from, if there are any.
-
-    Rank 0 looks, so that all take the same.
-    """
-    start: list[Path | None] = [None]
-    if dist.get_rank() == 0:
-        start[0] = find_start(trainer.config, run_dir)
-    dist.broadcast_object_list(start, src=0, group=trainer.mesh.world, device=torch.device("cpu"))
-    if start[0] is not None:
-        _check_same_data(trainer, start[0])
-        state = load(start[0], trainer.share.parameters(), trainer.optimizer, trainer.mesh.world)
+    """Continue from the checkpoint that the config points to, else begin with the weights of train.init_from, if there are any."""
+    start, damage = choose_start(trainer.config, run_dir, trainer.mesh.world)
+    if start is not None:
+        _check_same_data(trainer, start)
+        state = load(start, trainer.share.parameters(), trainer.optimizer, trainer.mesh.world)
         trainer.share.repeat_tied(trainer.optimizer)
         trainer.steps_done, trainer.samples_done = state["step"], state["samples"]
         if isinstance(trainer.data.train, StreamRows) and trainer.reads:
             trainer.data.train.load_state(state.get("stream"))
     elif trainer.config.train.init_from is not None:
         load_weights(trainer.config.train.init_from, trainer.config.model, trainer.share.named_parameters())
+    if dist.get_rank() == 0:
+        _say_damage(damage, start)
+
+
+def _say_damage(damage: Mapping[Path, str], start: Path | None) -> None:
+    """Say what of the run folder cannot be used and what is used instead. Damaged checkpoints are renamed, and stay to be looked at."""
+    logger = prepare_logger()
+    for path, what in damage.items():
+        kept = f"; kept as {set_aside(path).name}" if path.is_dir() else ""
+        logger.warning(f"{what}{kept}; the run goes on from {start.name if start else 'the beginning'}")
 
 
 def _check_same_data(trainer: Trainer, start: Path) -> None:
@@ -107,14 +116,13 @@ def _check_same_data(trainer: Trainer, start: Path) -> None:
         raise refuse("data.source", trainer.config.data.source, rule, "use the same text, or another hydra.run.dir")
 
 
-def save_checkpoint(trainer: Trainer, run_dir: Path) -> None:
-    """Write what a resume under any layout needs."""
+def save_checkpoint(trainer: Trainer, saver: Saver) -> None:
+    """Save what a resume under any layout needs."""
     state = {"step": trainer.steps_done, "samples": trainer.samples_done, "config": asdict(trainer.config)}
     state["train_tokens"] = dict(trainer.data.train_tokens)
     if isinstance(trainer.data.train, StreamRows):
         state["stream"] = _gather_stream_state(trainer, trainer.data.train)
-    parameters = trainer.share.owned_parameters()
-    save(run_dir, parameters, trainer.optimizer, state, trainer.config.checkpoint.keep, trainer.mesh.world)
+    saver.save(trainer.share.owned_parameters(), trainer.optimizer, state)
 
 
 def _gather_stream_state(trainer: Trainer, rows: StreamRows) -> dict[str, Any] | None:

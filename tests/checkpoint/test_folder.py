@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from tests.support import small_config
-from tptrain.checkpoint.folder import checkpoint_folder, complete_checkpoints, find_start, partial_folder, publish, read_state, rotate
+from tptrain.checkpoint.folder import (
+    checkpoint_folder,
+    complete_checkpoints,
+    find_start,
+    partial_folder,
+    publish,
+    read_state,
+    rotate,
+    set_aside,
+)
 from tptrain.config import Config, ConfigError, DataConfig
 from tptrain.data_config import MixturePart, SourceConfig
 
@@ -45,7 +54,7 @@ def test_publishing_again_replaces(tmp_path: Path) -> None:
     again.mkdir()
     (again / "other").write_text("new")
     final = publish(again, {"step": 5})
-    assert sorted(path.name for path in final.iterdir()) == ["other", "state.json"]
+    assert sorted(path.name for path in final.iterdir()) == ["manifest.json", "other", "state.json"]
 
 
 def test_rotate_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
@@ -55,6 +64,31 @@ def test_rotate_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
     rotate(tmp_path, keep=2)
     assert complete_checkpoints(tmp_path) == folders[2:]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000003", "step-00000010"]
+
+
+def test_rotate_keeps_every_so_many_steps_for_good(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20, 25, 30, 35):
+        write(tmp_path, step)
+    damaged = set_aside(checkpoint_folder(tmp_path, 25))
+    rotate(tmp_path, keep=1, keep_every=10)
+    assert [read_state(path)["step"] for path in complete_checkpoints(tmp_path)] == [10, 20, 30, 35]
+    assert damaged.is_dir(), "somebody may want to look at it"
+
+
+def test_a_broken_checkpoint_is_passed_over_but_not_overwritten(tmp_path: Path) -> None:
+    """Nor taken where it was asked for by its path."""
+    older, newer = write(tmp_path, 5), write(tmp_path, 10)
+    (newer / "data").unlink()
+    config, damage = small_config(), {}
+    assert find_start(config, tmp_path, damage) == older
+    assert damage == {newer: f"{newer}/data is missing"}
+    for resume in ("never", str(older)):
+        config.checkpoint.resume = resume
+        with pytest.raises(ConfigError, match=r"would overwrite .*step-00000010, which is further"):
+            find_start(config, tmp_path)
+    config.checkpoint.resume = str(newer)
+    with pytest.raises(ConfigError, match=r"checkpoint.resume=.*step-00000010 cannot be used: .*step-00000010/data is missing: use"):
+        find_start(config, tmp_path)
 
 
 def test_where_a_run_starts(tmp_path: Path) -> None:

@@ -1,82 +1,98 @@
-"""Saving and loading a training state with `torch.distributed.checkpoint`.
+"""Loading a training state, and the tensors that one is.
 
-Every tensor has one key, its parameter's name in the whole model: `model.layers.17.mlp.up.weight` and
-`optimizer.layers.17.mlp.up.weight.exp_avg`. The tensors are DTensors, so the files describe logical tensors and any
-layout loads what any other saved. Everything else is a few numbers in `state.json`.
+A state is the parameters and their optimizer state, each tensor under one key, its name in the whole model (see `chunks.py`), and a few
+numbers in `state.json`. All ranks check and load together: what one of them finds wrong, all refuse in the same words.
 """
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
 
-from tptrain.checkpoint.folder import checkpoint_folder, partial_folder, publish, read_state, rotate
+from tptrain.checkpoint.folder import find_start, read_state
+from tptrain.checkpoint.manifest import DamageError, check_content, check_sizes
+from tptrain.checkpoint.reader import StoredTensors, fill_own
+from tptrain.config import Config, ConfigError, refuse
 
 
-def save(
-    run_dir: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep: int,
-    world: dist.ProcessGroup,
-) -> Path:
-    """Write a checkpoint of step state["step"]. All ranks call this; returns the complete folder's path.
+def choose_start(config: Config, run_dir: Path, world: dist.ProcessGroup) -> tuple[Path | None, dict[Path, str]]:
+    """The checkpoint that the run starts from, checked byte by byte, each rank a part; and a line for each that was passed over.
 
-    parameters: those that this rank saves, by their names in the whole model.
-    state: what else a resume needs, as JSON. keep: complete checkpoints that stay. world: all ranks.
+    All ranks call this. Rank 0 looks, so that all take the same. Raises ConfigError on all, as `find_start` does.
     """
-    final = checkpoint_folder(run_dir, state["step"])
-    partial = partial_folder(final)
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier(group=world)  # each rank's writer makes the folder where it finds none
-    with _plain_errors(f"saving {final} failed"):
-        writer = dcp.FileSystemWriter(partial, sync_files=True)
-        dcp.save(training_tensors(parameters, optimizer), storage_writer=writer, process_group=world)
-    if first:
-        publish(partial, state)
-        rotate(run_dir, keep)
-    dist.barrier(group=world)
-    return final
+    damage: dict[Path, str] = {}
+    while True:
+        found: list[Path | ConfigError | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                found[0] = find_start(config, run_dir, damage)
+            except ConfigError as error:
+                found[0] = error
+        dist.broadcast_object_list(found, src=0, group=world, device=torch.device("cpu"))
+        start = found[0]
+        if isinstance(start, ConfigError):
+            raise start
+        if start is None:
+            return None, damage
+        what = _together(partial(_check_share, start, world), world)
+        if what is None:
+            return start, damage
+        damage[start] = what
 
 
 def load(
     folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, world: dist.ProcessGroup
 ) -> dict[str, Any]:
-    """Fill parameters and their optimizer state from a checkpoint of any layout. All ranks call this. Returns the saved state."""
+    """Fill parameters and their optimizer state from a checkpoint of any layout. All ranks call this. Returns the saved state.
+
+    The folder is one that `choose_start` gave. Raises ConfigError on all ranks where it does not fit.
+    """
     materialise_state(optimizer)
-    with _plain_errors(f"loading {folder} failed"):
-        dcp.load(training_tensors(parameters, optimizer), storage_reader=dcp.FileSystemReader(folder), process_group=world)
+    _fill(folder, training_tensors(parameters, optimizer), "checkpoint.resume", world)
     return read_state(folder)
 
 
 def load_model(folder: Path, stage: nn.Module, world: dist.ProcessGroup) -> dict[str, Any]:
-    """Fill a stage alone, in its parameters' dtype, from a checkpoint of any layout. All ranks call this. Returns the saved state."""
+    """Check a checkpoint of any layout, and fill a stage alone from it, in its parameters' dtype.
+
+    All ranks call this. Returns the saved state. Raises ConfigError on all ranks where the checkpoint is damaged or does not fit.
+    """
     tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in stage.named_parameters()}
-    with _plain_errors(f"loading {folder} failed"):
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), process_group=world)
+    what = _together(partial(_check_share, folder, world), world)
+    if what is not None:
+        raise refuse("checkpoint", folder, f"cannot be used: {what}", "use another")
+    _fill(folder, tensors, "checkpoint", world)
     return read_state(folder)
 
 
+def check_whole(folder: Path) -> None:
+    """Check every byte of a checkpoint. One process alone calls this. Raises ConfigError where it is damaged."""
+    try:
+        files = check_sizes(folder)
+        check_content(folder, files, files)
+    except DamageError as error:
+        raise refuse("checkpoint", folder, f"cannot be used: {error}", "use another") from None
+
+
 def load_whole(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill whole plain tensors, by their names in the whole model, from a checkpoint of any layout. One process alone calls this."""
+    """Fill whole plain tensors, by their names in the whole model, from a checkpoint of any layout. One process alone calls this.
+
+    Raises ConfigError where they do not fit. Whether the bytes are what was written is for `check_whole`.
+    """
     wanted: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in tensors.items()}
-    with _plain_errors(f"loading {folder} failed"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what is meant
-        dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    try:
+        stored = StoredTensors(folder)
+        if what := stored.misfit(wanted):
+            raise DamageError(what)
+        fill_own(stored, wanted)
+    except DamageError as error:
+        raise refuse("checkpoint", folder, str(error), "use a checkpoint of this model") from None
 
 
 def training_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -102,11 +118,36 @@ def materialise_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
-@contextlib.contextmanager
-def _plain_errors(what: str) -> Iterator[None]:
-    """Turn CheckpointException, which is no Exception and lists every rank's trace, into a RuntimeError with the first cause."""
+def _fill(folder: Path, tensors: Mapping[str, Tensor], key: str, world: dist.ProcessGroup) -> None:
+    """Fill what this rank has of each tensor. Raises ConfigError on all ranks where one of them cannot."""
+    opened: list[StoredTensors] = []
+
+    def look() -> None:
+        opened.append(StoredTensors(folder))
+        if what := opened[0].misfit(tensors):
+            raise DamageError(what)
+
+    what = _together(look, world)
+    if what is not None:
+        raise refuse(key, folder, what, "use a checkpoint of this model and optimizer")
+    what = _together(partial(fill_own, opened[0], tensors), world)
+    if what is not None:
+        raise refuse(key, folder, f"cannot be used: {what}", "use another")
+
+
+def _check_share(folder: Path, world: dist.ProcessGroup) -> None:
+    """Check this rank's share of a checkpoint's files against the manifest. Raises DamageError."""
+    files = check_sizes(folder)
+    check_content(folder, files, sorted(name for name in files if not name.endswith(".json"))[dist.get_rank() :: world.size()])
+
+
+def _together(action: Callable[[], None], world: dist.ProcessGroup) -> str | None:
+    """Act on all ranks; the words of the first one's DamageError, on all of them, or None."""
+    own: str | None = None
     try:
-        yield
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        raise RuntimeError(f"{what} on rank {rank}: {type(cause).__name__}: {cause}") from cause
+        action()
+    except DamageError as error:
+        own = str(error)
+    found: list[str | None] = [None] * world.size()
+    dist.all_gather_object(found, own, group=world)
+    return next((what for what in found if what is not None), None)

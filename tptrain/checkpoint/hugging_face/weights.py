@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from tptrain.checkpoint.hugging_face.folder import INDEX_FILE, ONE_FILE, open_folder
 from tptrain.checkpoint.hugging_face.mapping import Place, places, tensor_shapes
-from tptrain.checkpoint.sharded import load_whole
+from tptrain.checkpoint.sharded import check_whole, load_whole
 from tptrain.config import ModelConfig
 from tptrain.files import write_atomically
 from tptrain.tensor_parallel.parameter import local_part
@@ -53,6 +53,7 @@ def write_weights(checkpoint: Path, model: ModelConfig, folder: Path, max_shard_
 
     One process does it alone, and holds one file's tensors at a time, twice. A tensor larger than max_shard_bytes is a file by itself.
     """
+    check_whole(checkpoint)
     parts: dict[str, list[tuple[str, Place]]] = {}
     for name, place in places(model).items():
         parts.setdefault(place.tensor, []).append((name, place))
