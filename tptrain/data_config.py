@@ -181,7 +181,7 @@ def _check_validation(data: DataConfig) -> None:
         )
     if data.val_documents and data.val_split is not None:
         raise refuse("data.val_documents", data.val_documents, "and data.val_split are both given", "use one of the two")
-    trained = [data, *data.mixture.values()] if data.source != "mixture" else list(data.mixture.values())
+    trained: list[SourceConfig] = [*data.mixture.values()] or [data]
     evaluated = [name for name, part in data.val_sets.items() if part.source != "memorize"]
     if evaluated and all(part.source == "memorize" for part in trained):
         rule = f"is text, and source={data.source} trains on random ids, which no tokenizer stands behind"

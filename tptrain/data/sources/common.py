@@ -1,11 +1,16 @@
-"""What the sources share: names of files in a cache, rows as a stream, and quiet."""
+"""What the sources share: names of files in a cache, rows as a stream, files of rows, and quiet."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tptrain.config_error import as_text
+from tptrain.data.fingerprint import hash_of
+from tptrain.data.sources.files import Files
 
 if TYPE_CHECKING:
     import datasets
@@ -22,6 +27,27 @@ def by_rows(rows: Callable[..., Iterator[dict[str, str]]], column: str, files: S
 
     features = datasets.Features({column: datasets.Value("large_string")})
     return datasets.IterableDataset.from_generator(rows, features, gen_kwargs={"files": list(files), "column": column, **arguments})
+
+
+@dataclass(frozen=True)
+class RowFiles:
+    """Files whose rows are documents."""
+
+    files: Files
+    asked: Any
+    """The path as it was asked for."""
+    column: str
+    prefix: str
+    kind: ClassVar[str]
+
+    @property
+    def label(self) -> str:
+        """For reports."""
+        return f"{self.kind} {as_text(self.asked)}"
+
+    def fingerprint(self) -> str:
+        """Hash of the files' names, sizes and times, and of the column's name."""
+        return hash_of(self.kind, self.column, *self.files.stamps())
 
 
 @contextmanager

@@ -21,11 +21,10 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from tptrain.config_error import ConfigError, as_text, refuse
+from tptrain.config_error import ConfigError, refuse
 from tptrain.data.documents import Documents, bad_field, kind_of, write_documents
-from tptrain.data.fingerprint import hash_of
-from tptrain.data.sources.common import by_rows, cache_file
-from tptrain.data.sources.files import Files, list_files
+from tptrain.data.sources.common import RowFiles, by_rows, cache_file
+from tptrain.data.sources.files import list_files
 from tptrain.data_config import SourceConfig
 
 if TYPE_CHECKING:
@@ -35,23 +34,10 @@ _SUFFIXES = tuple(ending + packed for ending in (".jsonl", ".json") for packed i
 
 
 @dataclass(frozen=True)
-class JsonlSource:
+class JsonlSource(RowFiles):
     """JSON Lines files."""
 
-    files: Files
-    asked: Any
-    """The path as it was asked for."""
-    column: str
-    prefix: str
-
-    @property
-    def label(self) -> str:
-        """For reports."""
-        return f"jsonl {as_text(self.asked)}"
-
-    def fingerprint(self) -> str:
-        """Hash of the files' names, sizes and times, and of the column's name."""
-        return hash_of("jsonl", self.column, *self.files.stamps())
+    kind = "jsonl"
 
     def load(self, cache_dir: Path) -> Documents:
         """All rows, by way of an arrow file in cache_dir. Raises ConfigError for the first bad row."""

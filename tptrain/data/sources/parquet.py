@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tptrain.config_error import ConfigError, as_text, refuse
+from tptrain.config_error import ConfigError, refuse
 from tptrain.data.documents import Documents, check_column
-from tptrain.data.fingerprint import hash_of
-from tptrain.data.sources.common import quietly
+from tptrain.data.sources.common import RowFiles, quietly
 from tptrain.data.sources.files import Files, list_files
 from tptrain.data_config import SourceConfig
 
@@ -23,23 +22,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ParquetSource:
+class ParquetSource(RowFiles):
     """Parquet files."""
 
-    files: Files
-    asked: Any
-    """The path as it was asked for."""
-    column: str
-    prefix: str
-
-    @property
-    def label(self) -> str:
-        """For reports."""
-        return f"parquet {as_text(self.asked)}"
-
-    def fingerprint(self) -> str:
-        """Hash of the files' names, sizes and times, and of the column's name."""
-        return hash_of("parquet", self.column, *self.files.stamps())
+    kind = "parquet"
 
     def load(self, cache_dir: Path) -> Documents:
         """All rows, by way of an arrow file that `datasets` keeps in cache_dir. Raises ConfigError for a file that is bad."""
