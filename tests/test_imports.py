@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"config_error", "data_config"},
     "files": set(),
     "lifeline": set(),
+    "stop": set(),
     # the numeric rooms
     "mesh": {"config"},
     "tensor_parallel": {"mesh"},
@@ -39,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"tensor_parallel", "model", "mesh", "config", "config_error", "files"},
     "monitor": {"config", "files", "pipeline"},
     # from a command to running ranks
-    "job": {"config"},
+    "job": {"config", "stop"},
     "failures": {"config"},
     "roll_call": set(),
     "host_memory": set(),
@@ -53,11 +54,12 @@ ALLOWED: dict[str, set[str]] = {
         "lifeline",
         "monitor",
         "roll_call",
+        "stop",
         "train",
         "check",
         "generate",
     },
-    "launch": {"checkpoint", "config", "data", "failures", "job", "plan", "ranks"},
+    "launch": {"checkpoint", "config", "data", "failures", "job", "plan", "ranks", "stop"},
     "verdict": set(),
     "prove": {"checkpoint", "config", "data", "failures", "files", "job", "launch", "verdict"},
     "answer": {"checkpoint", "config", "data", "failures", "generate_config", "job", "launch"},
@@ -90,7 +92,8 @@ BELOW_TRAIN = {
 ALLOWED |= {
     "trainer": BELOW_TRAIN,
     "report": BELOW_TRAIN | {"trainer"},
-    "train": BELOW_TRAIN | {"trainer", "report"},
+    "step_watch": BELOW_TRAIN | {"trainer", "report", "stop"},
+    "train": BELOW_TRAIN | {"trainer", "report", "step_watch", "stop"},
     "check": BELOW_TRAIN | {"trainer", "verdict"},
     "generate": BELOW_TRAIN | {"generate_config", "job", "sampling", "pipeline_decoder"},
 }  # the composition root: anything but what starts it

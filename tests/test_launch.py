@@ -196,9 +196,17 @@ def test_sigterm_stops_all_ranks(run_dir: Path):
     process = _start(run_dir, "parallel=tp2")
     process.send_signal(signal.SIGTERM)
     outcome = finish(process)
-    assert (outcome.code, outcome.err) == (1, "tptrain: stopped by SIGTERM\n")
+    assert (outcome.code, outcome.err) == (75, "tptrain: stopped by SIGTERM\n")
     assert outcome.seconds < 10  # 0.3 s alone on the machine
-    assert _status(run_dir)["state"] == "failed"
+    assert _status(run_dir)["state"] == "stopped"
+
+
+def test_ranks_that_listen_and_do_not_end_are_ended(run_dir: Path):
+    process = _start(run_dir, "parallel=tp2", "launch.stop_seconds=2", fault="listen:all")
+    process.send_signal(signal.SIGTERM)
+    outcome = finish(process)
+    assert (outcome.code, outcome.err) == (75, "tptrain: stopped, but the ranks did not end within launch.stop_seconds=2\n")
+    assert 1.5 < outcome.seconds < 30
 
 
 def test_a_second_sigint_ends_ranks_that_do_not_listen(run_dir: Path):
@@ -226,8 +234,8 @@ def test_sigint_stops_the_only_process(run_dir: Path):
     process = _start(run_dir)
     process.send_signal(signal.SIGINT)
     outcome = finish(process)
-    assert (outcome.code, outcome.err) == (1, "tptrain: stopped by SIGINT\n")
-    assert _status(run_dir)["state"] == "failed"
+    assert (outcome.code, outcome.err) == (75, "tptrain: stopped by SIGINT\n")
+    assert _status(run_dir)["state"] == "stopped"
 
 
 # ---- the parts -------------------------------------------------------------------------------------------

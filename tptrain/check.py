@@ -153,7 +153,8 @@ def _run(
         totals = trainer.compute_gradients()
         look("gradient", step, _whole(trainer.share, gradients=True))
         result = trainer.update(totals)
-        result.wait()
+        if result.facts()[1]:
+            raise FloatingPointError(f"the loss is {result.loss} and the gradient norm {result.grad_norm}: training has diverged")
         look("update", step, _whole(trainer.share, gradients=False))
         if after is not None:
             after(trainer.share, step)

@@ -1,7 +1,8 @@
 """The command: `tptrain [verb] [Hydra overrides]`, where no verb means `train`.
 
 Hydra runs once, here, and a verb gets the composed config and the run folder. What cannot run is refused with one
-line on stderr and exit code 2, before torch is imported. Exit codes: 0 done, 1 failed (a signal included), 2 refused.
+line on stderr and exit code 2, before torch is imported. Exit codes: 0 done, 1 failed, 2 refused,
+75 a training that stopped on a signal or train.max_minutes and goes on when it is started again.
 """
 
 from __future__ import annotations
@@ -146,6 +147,7 @@ def main() -> NoReturn:
         code = 2
     except KeyboardInterrupt as stop:
         _say(f"{stop or 'stopped by SIGINT'}")
+        code = getattr(stop, "exit_code", 1)
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1 if leaving.code else 0
     if code == 2:

@@ -138,6 +138,16 @@ class TrainConfig:
     """Tokens that the trained model writes at the end of the run; 0 means none."""
     trace_steps: list[int] = field(default_factory=list)
     """Steps whose timeline is kept in traces/: what each rank computed when."""
+    max_minutes: float | None = None
+    """Minutes after which the run saves, stops and leaves with exit code 75, from the moment that the ranks begin; null means no limit."""
+    max_skipped_steps: int = 10
+    """Steps in a row that are left out because their loss or gradient is no number; one more ends the run."""
+    spike_factor: float | None = None
+    """A loss above so many times the mean of the last steps is reported as a spike; null means none is looked for."""
+    skip_spikes: bool = False
+    """Leave out the steps whose loss is a spike."""
+    max_restarts: int = 0
+    """Times that the ranks are started again, from the newest checkpoint, after one of them has failed."""
 
 
 @dataclass
@@ -220,6 +230,8 @@ class LaunchConfig:
     """CPU threads a rank computes with, or auto: the cores shared evenly by the ranks of the machine."""
     timeout_seconds: float
     """Longest wait for another rank before the job ends with an error."""
+    stop_seconds: float = 600.0
+    """How long ranks may take to finish a step and save once a signal came, before they are killed."""
 
 
 @dataclass
@@ -418,15 +430,15 @@ _AT_LEAST: dict[str, float] = {
     "parallel.tp": 1, "parallel.pp": 1, "parallel.micro_batch_size": 1, "parallel.micro_batches": 1,
     "train.max_steps": 0, "train.global_batch_size": 1, "train.log_every": 1, "train.eval_every": 0,
     "train.eval_steps": 0, "train.sample_tokens": 0, "train.loss_chunk_tokens": 1, "train.label_smoothing": 0,
-    "data.seq_len": 1,
+    "train.max_skipped_steps": 0, "train.max_restarts": 0, "data.seq_len": 1,
     "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.momentum": 0,
     "lr_schedule.warmup_steps": 0, "lr_schedule.min_lr_ratio": 0,
     "checkpoint.every": 0, "checkpoint.keep": 1,
     "check.steps": 1, "check.processes": 1,
 }  # fmt: skip
 
-_ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "optimizer.eps", "launch.timeout_seconds")
-_ABOVE_ZERO_OR_NULL = ("optimizer.grad_clip", "hardware.peak_flops_per_second")
+_ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "optimizer.eps", "launch.timeout_seconds", "launch.stop_seconds")
+_ABOVE_ZERO_OR_NULL = ("optimizer.grad_clip", "hardware.peak_flops_per_second", "train.max_minutes")
 _AT_MOST_ONE = ("lr_schedule.min_lr_ratio",)
 _BELOW_ONE = ("optimizer.momentum", "model.dropout", "train.label_smoothing")
 _INT_OR_AUTO = ("parallel.dp", "parallel.stages_per_rank", "launch.threads_per_rank")
@@ -462,6 +474,11 @@ def _check_values(config: Config) -> None:
             raise refuse(key, value, "is neither auto nor a positive integer", "use auto, 1, 2, ...")
     if not all(step >= 1 for step in config.train.trace_steps):
         raise refuse("train.trace_steps", config.train.trace_steps, "has a step below 1", "use a list of steps such as [5], or []")
+    if config.train.spike_factor is not None and not config.train.spike_factor > 1:
+        rule = "is not above 1, so that every loss above the mean were a spike"
+        raise refuse("train.spike_factor", config.train.spike_factor, rule, "use 2 or more, or null")
+    if config.train.skip_spikes and config.train.spike_factor is None:
+        raise refuse("train.skip_spikes", True, "has no spikes to skip, as train.spike_factor=null", "use train.spike_factor=2 or more")
     check_data(config.data)
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tptrain.config import Config
+from tptrain.stop import Wish
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Job:
     """The run folder, absolute."""
     store_dir: Path
     """The folder of the tokenised data, absolute."""
+    wish: Wish = field(default_factory=Wish, compare=False)
+    """What tells this process to stop; it does not travel."""
 
     def save(self) -> None:
         """Write `config.yaml`: what was asked, resolved. Ranks read it back by `load`."""

@@ -20,8 +20,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,40 +31,99 @@ from tptrain.config import Config, ConfigError, refuse, resolve
 from tptrain.failures import Failure, JobFailed
 from tptrain.job import Job, Place
 from tptrain.plan.pipeline import schedule_of
+from tptrain.stop import AGAIN, FirstAndSecond, Stopped, Wish
+from tptrain.stop import numbers as stop_signals
 
 _SHUTDOWN_SECONDS = 10
 """How long ranks may take to end after a signal before they are killed."""
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asked this process to stop. The message names it."""
 
 
 def start(config: Config, run_dir: Path, place: Place | None) -> float | None:
     """Train `config` in `run_dir`, and return the final validation loss, or None where there is none.
 
     config: typed, not yet resolved. place: this process among torchrun's, or None where the ranks are ours to start.
-    Raises ConfigError before a rank starts, JobFailed when a failure has been shown, Stopped on a signal, and whatever
-    training in this process raises.
+    Raises ConfigError before a rank starts, JobFailed when a failure has been shown, Stopped (its exit code is AGAIN) where a signal or
+    train.max_minutes ended it, and whatever training in this process raises.
     """
     config = settle(config, place)
     _set_environment(config, place)
     if place is not None:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            ranks.die_with_parent()
-        return ranks.joined(config, partial(_prepare, config, run_dir), place)
-    with signals_stop():
-        job = _prepare(config, run_dir)
+        return _take_part(config, run_dir, place)
+    wish, apart = Wish(), config.processes > 1 or config.train.max_restarts > 0
+
+    def heard(number: signal.Signals) -> bool:
+        if not apart:
+            return wish.ask(number.name)
+        if not ranks.pass_on(run_dir, config.processes, number):
+            return False
+        wish.reason = number.name
+        _wait_at_most(config.launch.stop_seconds)
+        return True
+
+    def given_up(number: signal.Signals) -> None:
+        ranks.write_status(run_dir, "failed", f"ended by a second signal, {number.name}")
+
+    with signals_stop(heard, given_up):
         try:
-            value: float | None = ranks.inline(job) if config.processes == 1 else _spawn(job)
-            return value
+            return _train(replace(_prepare(config, run_dir), wish=wish), apart)
         except Stopped as stop:
-            ranks.write_status(run_dir, "failed", str(stop))
+            stop.exit_code = AGAIN
+            ranks.write_status(run_dir, "stopped")
             raise
-        except Exception as error:
-            told = isinstance(error, (JobFailed, ConfigError))
-            ranks.write_status(run_dir, "failed", str(error) if told else failures.one_line(error))
-            raise
+
+
+def _train(job: Job, apart: bool) -> float | None:
+    """Train here, or in ranks of our own, and keep the error where it fails."""
+    try:
+        value: float | None = _persevere(job) if apart else ranks.inline(job)
+        return value
+    except Exception as error:
+        told = isinstance(error, (JobFailed, ConfigError))
+        ranks.write_status(job.run_dir, "failed", str(error) if told else failures.one_line(error))
+        raise
+
+
+def _persevere(job: Job) -> Any:
+    """Have ranks of our own train; where one fails, start them again, up to train.max_restarts times."""
+    from tptrain.checkpoint.folder import complete_checkpoints
+
+    most = job.config.train.max_restarts
+    for attempt in range(1, most + 1):
+        try:
+            return _spawn(job)
+        except JobFailed:
+            newest = complete_checkpoints(job.run_dir)
+            failures.say(f"tptrain: restart {attempt} of {most}, from {newest[-1].name if newest else 'where the run began'}")
+        if newest:  # what the run began from is behind it
+            job.config.checkpoint.resume = "auto"
+        write_job(job)
+    return _spawn(job)
+
+
+def _take_part(config: Config, run_dir: Path, place: Place) -> float | None:
+    """Train as one of torchrun's ranks.
+
+    Until the training listens a signal ends a rank at once, also in a collective, where it runs no Python; only rank 0 raises Stopped
+    while it prepares the data.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ranks.die_with_parent()
+    wish = Wish()
+
+    def prepare() -> Job:
+        with signals_stop():
+            return _prepare(config, run_dir)
+
+    try:
+        with contextlib.ExitStack() as listening:
+            wish.announce = lambda: listening.enter_context(signals_stop(lambda number: wish.ask(number.name), echo_seconds=1.0))
+            value: float | None = ranks.joined(config, prepare, place, wish)
+            return value
+    except Stopped as stop:
+        stop.exit_code = AGAIN
+        if place.rank == 0:
+            ranks.write_status(run_dir, "stopped")
+        raise
 
 
 def run(job: Job, apart: bool = False) -> Any:
@@ -170,8 +229,7 @@ def write_job(job: Job) -> None:
     """Write `config.yaml` for the ranks, and clear the log folder of what an earlier start said. Raises ConfigError."""
     try:
         (job.run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        failures.forget(job.run_dir)
-        ranks.result_path(job.run_dir).unlink(missing_ok=True)
+        ranks.forget(job.run_dir, job.config.processes)
         job.save()
     except OSError as error:
         rule = f"cannot be written ({error.strerror})"
@@ -190,33 +248,50 @@ def _set_environment(config: Config, place: Place | None) -> None:
 
 
 @contextlib.contextmanager
-def signals_stop() -> Iterator[None]:
-    """In the block the first SIGINT, SIGTERM or SIGHUP raises Stopped, the second ends the process at once.
+def signals_stop(
+    heard: Callable[[signal.Signals], bool] | None = None,
+    given_up: Callable[[signal.Signals], None] | None = None,
+    echo_seconds: float = 0.3,
+) -> Iterator[None]:
+    """In the block the first signal that asks to stop raises Stopped, unless `heard` takes care of it; the second ends the process.
 
-    Ranks that are still there then die with it (`ranks.die_with_parent`).
+    heard: says whether it did. given_up: called before the process ends. echo_seconds: what comes so soon after the first signal is that
+    one again. Ranks that are still there then die with the process (`ranks.die_with_parent`).
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    seen = 0
+    seen = FirstAndSecond(echo_seconds)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal seen
-        seen += 1
-        if seen > 1:
+        count = seen.count()
+        if count == 0:
+            return
+        if count > 1:
             failures.show_cursor()
+            if given_up is not None:
+                given_up(signal.Signals(number))
             os._exit(1)
-        raise Stopped(f"stopped by {signal.Signals(number).name}")
+        if heard is None or not heard(signal.Signals(number)):
+            raise Stopped(f"stopped by {signal.Signals(number).name}")
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, stop) for number in numbers}
+    before = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _wait_at_most(seconds: float) -> None:
+    """Raise Stopped in the main thread after so long, which ends ranks that are still there; the end of `signals_stop` calls it off."""
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise Stopped(f"stopped, but the ranks did not end within launch.stop_seconds={seconds:g}")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 # ---- ranks of our own ------------------------------------------------------------------------------------
@@ -248,10 +323,16 @@ def _spawn(job: Job) -> Any:
             elastic_launch(settings, sys.executable)(*command)
     except ChildFailedError as error:
         exits = {rank: (failure.exitcode, float(failure.timestamp)) for rank, failure in error.failures.items()}
-        raise _tell(job.run_dir, failures.root_cause(job.run_dir, exits)) from None
+        cause = failures.root_cause(job.run_dir, exits)
+        if job.wish.reason is not None and cause.kind in ("killed", "lost_peer"):  # some had left the training, or not yet begun it
+            raise Stopped(f"stopped by {job.wish.reason}") from None
+        raise _tell(job.run_dir, cause) from None
     finally:
         failures.show_cursor()
-    return json.loads(ranks.result_path(job.run_dir).read_text())
+    result = json.loads(ranks.result_path(job.run_dir).read_text())
+    if "stopped" in result:
+        raise Stopped(result["stopped"])
+    return result["value"]
 
 
 def _tell(run_dir: Path, cause: Failure) -> Exception:

@@ -11,6 +11,7 @@ and the number of threads it may compute with. Nothing here reads the environmen
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import json
 import logging
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +31,7 @@ from tptrain.config import Config
 from tptrain.generate_config import GenerateConfig
 from tptrain.host_memory import keep_freed_memory
 from tptrain.job import ALONE, Job, Place
+from tptrain.stop import ON_BEHALF, Stopped, Wish, follow_launcher
 
 _LONG = timedelta(days=30)
 """More than any preparation takes. Whoever waits so long is released earlier, with an error, where rank 0 dies."""
@@ -40,7 +43,7 @@ def _train(job: Job) -> float | None:
     """The training itself."""
     from tptrain.train import train
 
-    return train(job.config, job.run_dir, job.store_dir)
+    return train(job.config, job.run_dir, job.store_dir, job.wish)
 
 
 def _check_twin(job: Job) -> dict[str, Any]:
@@ -99,10 +102,11 @@ def inline(job: Job) -> Any:
             _leave_group()
 
 
-def joined(config: Config, prepare: Callable[[], Job], place: Place) -> Any:
-    """Work as one of torchrun's ranks. prepare: makes the job; rank 0 calls it, and the others take the job from rank 0.
+def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish) -> Any:
+    """Work as one of torchrun's ranks. prepare: makes the job; rank 0 calls it, and the others take the job from rank 0. wish: tells this
+    rank to stop.
 
-    Raises JobFailed once this rank's failure is recorded and told, and what `prepare` raises.
+    Raises JobFailed once this rank's failure is recorded and told, Stopped once all ranks have stopped, and what `prepare` raises.
     """
     terminal = os.dup(sys.stderr.fileno())
     run_dir: Path | None = None
@@ -110,10 +114,14 @@ def joined(config: Config, prepare: Callable[[], Job], place: Place) -> Any:
         job, store = _meet(config, prepare, place)
         run_dir = job.run_dir if job else None
         _join_group(config, place, store)
-        job = _from_rank_0(job)
+        job = dataclasses.replace(_from_rank_0(job), wish=wish)
         run_dir = job.run_dir
         _keep_log(run_dir, place.rank)
         return WORKS[job.work].run(job)
+    except Stopped:
+        if wish.listening:
+            _wait_for_all()  # torchrun ends the others as soon as one has left with an exit code that is not 0
+        raise
     except Exception as error:
         if run_dir is None:
             raise
@@ -131,13 +139,18 @@ def joined(config: Config, prepare: Callable[[], Job], place: Place) -> Any:
 
 def spawned(work: str, run_dir: Path, store_dir: Path, place: Place) -> NoReturn:
     """Work as a rank that `launch.py` started, and leave the process. The launcher says what went wrong, not we."""
+    wish = Wish(announce=partial(_write_pid, run_dir, place.rank))
+    follow_launcher(wish, os.getppid())
     _keep_log(run_dir, place.rank)
     try:
-        job = Job.load(work, run_dir, store_dir, WORKS[work].config)
+        job = dataclasses.replace(Job.load(work, run_dir, store_dir, WORKS[work].config), wish=wish)
         _join_group(job.config, place)
         value = WORKS[work].run(job)
         if place.rank == 0:
-            result_path(run_dir).write_text(json.dumps(value))
+            result_path(run_dir).write_text(json.dumps({"value": value}))
+    except Stopped as stop:
+        if place.rank == 0:
+            result_path(run_dir).write_text(json.dumps({"stopped": str(stop)}))
     except Exception as error:
         failures.record(run_dir, place.rank, error, _waited_for(error))
         leave(1)
@@ -147,6 +160,24 @@ def spawned(work: str, run_dir: Path, store_dir: Path, place: Place) -> NoReturn
 def result_path(run_dir: Path) -> Path:
     """Where rank 0 leaves its work's value for the launcher."""
     return run_dir / "logs" / "rank-0.result.json"
+
+
+def pass_on(run_dir: Path, processes: int, number: signal.Signals) -> bool:
+    """In the launcher: hand a signal to its ranks. False where one of them does not listen, as before the training's first step."""
+    try:
+        pids = [int(_pid_path(run_dir, rank).read_text()) for rank in range(processes)]
+        for pid in pids:
+            os.kill(pid, ON_BEHALF.get(number, number))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def forget(run_dir: Path, processes: int) -> None:
+    """Remove what ranks that were started earlier left for the launcher."""
+    failures.forget(run_dir)
+    for path in [result_path(run_dir), *(_pid_path(run_dir, rank) for rank in range(processes))]:
+        path.unlink(missing_ok=True)
 
 
 # ---- the parts -------------------------------------------------------------------------------------------
@@ -160,6 +191,27 @@ def die_with_parent(started_by: int | None = None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     lifeline.die_with_parent(started_by)
+
+
+def _pid_path(run_dir: Path, rank: int) -> Path:
+    return run_dir / "logs" / f"rank-{rank}.pid"
+
+
+def _write_pid(run_dir: Path, rank: int) -> None:
+    """Let the launcher know that this rank listens."""
+    draft = _pid_path(run_dir, rank).with_suffix(".pid.tmp")
+    draft.write_text(str(os.getpid()))
+    draft.replace(_pid_path(run_dir, rank))
+
+
+def _wait_for_all() -> None:
+    """Return once all ranks are here, or one of them is gone."""
+    import torch
+    import torch.distributed as dist
+
+    with contextlib.suppress(RuntimeError):
+        for rank in range(dist.get_world_size()):
+            dist.broadcast_object_list([None], src=rank, device=torch.device("cpu"))
 
 
 def write_status(run_dir: Path, state: str, error: str | None = None) -> None:

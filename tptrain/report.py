@@ -15,6 +15,7 @@ from tptrain.data.dataset import VAL_LOSS
 from tptrain.mesh import Mesh
 from tptrain.model.flops import flops_per_token, num_parameters
 from tptrain.monitor.console import Console
+from tptrain.monitor.log import prepare_logger
 from tptrain.monitor.metrics import MetricsFile, Record, bubble_fraction, eval_record, train_record, windows
 from tptrain.monitor.peak_memory import peak_memory_bytes
 from tptrain.monitor.status import write_status
@@ -67,12 +68,19 @@ class Report:
         return values.tolist()
 
     def step(
-        self, step: int, result: StepResult, step_seconds: float | None, wait_seconds: float, samples: int, spans: Sequence[Span]
+        self,
+        step: int,
+        result: StepResult,
+        step_seconds: float | None,
+        wait_seconds: float,
+        samples: int,
+        spans: Sequence[Span],
+        skipped_steps: int = 0,
     ) -> None:
         """Log a training step.
 
         step_seconds: mean over the steps since the last logged one. wait_seconds: of these, this rank waited for its rows, mean too.
-        samples: read since the start. spans: what this rank computed when in the step.
+        samples: read since the start. spans: what this rank computed when in the step. skipped_steps: left out since the start.
         """
         first = min((span.start for span in spans), default=math.inf)
         last = max((span.end for span in spans), default=-math.inf)
@@ -93,6 +101,7 @@ class Report:
                 bubble_fraction=bubble_fraction(busy_seconds, windows(starts, ends, clocks)),
                 data_wait_fraction=max(waits) / step_seconds if step_seconds else None,
                 peak_memory_bytes=int(max(peak_memory)),
+                skipped_steps=skipped_steps,
             )
             self._log(record)
             self.console.step(record)
@@ -136,6 +145,17 @@ class Report:
         """Note a complete checkpoint."""
         if self.speaks:
             write_status(self.run_dir, "running", step)
+
+    def warn(self, text: str) -> None:
+        """A line that is out of the ordinary, on the terminal and in the log."""
+        if self.speaks:
+            prepare_logger().warning(text)
+
+    def stopped(self, step: int, wall_seconds: float) -> None:
+        """Close the run as stopped. step: the last that is done."""
+        if self.speaks:
+            write_status(self.run_dir, "stopped", step)
+            self.console.summary(state="stopped", step=step, wall_seconds=wall_seconds, run_dir=self.run_dir)
 
     def sample(self, text: str | None) -> None:
         """Show what the model writes."""

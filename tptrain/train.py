@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ from tptrain.mesh import build_mesh, own_device
 from tptrain.monitor.peak_memory import reset_peak_memory
 from tptrain.monitor.step_timer import StepTimer
 from tptrain.report import Report
-from tptrain.trainer import Trainer
+from tptrain.step_watch import StepWatch
+from tptrain.stop import Stopped, Wish
+from tptrain.trainer import BrokenOff, Trainer
 
 
-def train(config: Config, run_dir: Path, store_dir: Path) -> float | None:
+def train(config: Config, run_dir: Path, store_dir: Path, wish: Wish | None = None) -> float | None:
     """Train on this rank until train.max_steps. Every rank of the job calls this, with the process group up.
 
-    config: resolved. store_dir: what `prepare` gave. Returns the last validation loss in nats a token, or None.
+    config: resolved. store_dir: what `prepare` gave. wish: what tells this rank to stop. Returns the last validation loss in nats a
+    token, or None. Raises Stopped, on all ranks, once what was asked to stop is saved.
     """
     began = time.perf_counter()
     reset_peak_memory()
@@ -38,39 +42,65 @@ def train(config: Config, run_dir: Path, store_dir: Path) -> float | None:
     trainer.read_ahead()
     max_steps = config.train.max_steps
     report = Report(config, mesh, trainer, run_dir)
+    watch = StepWatch(trainer, report, run_dir, wish or Wish())
     timer, val_loss, result, done = StepTimer(), None, None, False
     try:
+        if trainer.evaluation_due:
+            val_loss = evaluate(trainer, report, watch)
         timer.start()
-        while trainer.steps_done < max_steps:
+        while trainer.steps_done < max_steps and not watch.stop:
             zero = report.common_zero(trainer.steps_done + 1)
             result = trainer.step()
             step, last = trainer.steps_done, trainer.steps_done == max_steps
             logs = last or is_due(step, config.train.log_every)
             evaluates = config.train.eval_steps != 0 and (last or is_due(step, config.train.eval_every))
             saves = last or is_due(step, config.checkpoint.every)
-            if logs or evaluates or saves or zero is not None:
+            waits = logs or evaluates or saves or zero is not None
+            if waits:
                 result.wait()  # for the device, so that the clock stops after the step
+            watch.look(step, result, waits)
+            saves = (saves or watch.stop) and not watch.in_doubt
             timer.step()
             with timer.paused():
                 if logs:
-                    report.step(step, result, timer.take(), trainer.train_data.take_wait_seconds(), trainer.samples_done, trainer.spans)
+                    waited = trainer.train_data.take_wait_seconds()
+                    report.step(step, result, timer.take(), waited, trainer.samples_done, trainer.spans, watch.skipped)
                 if zero is not None:
                     report.trace(step, trainer.spans, zero)
                 if evaluates:
-                    losses = trainer.evaluate()
-                    val_loss = losses[VAL_LOSS]
-                    report.evaluation(step, losses)
+                    val_loss = evaluate(trainer, report, watch)
+                    saves = saves or (watch.stop and not watch.in_doubt)
                 if saves:
                     save_checkpoint(trainer, run_dir)
                     report.saved(step)
-        if config.train.sample_tokens and result is not None:
-            report.sample(write_text(trainer, config, run_dir))
+        if config.train.sample_tokens and result is not None and not watch.stop:
+            with suppress(BrokenOff):
+                report.sample(write_text(trainer, config, run_dir))
+        if watch.stop and (trainer.steps_done < max_steps or trainer.evaluation_due):
+            report.stopped(trainer.steps_done, time.perf_counter() - began)
+            done = True
+            raise Stopped(watch.farewell())
         report.finish(trainer.steps_done, result, trainer.samples_done, val_loss, timer.overall(), time.perf_counter() - began)
         done = True
     finally:
         trainer.close()
         report.close(done)
     return val_loss
+
+
+def evaluate(trainer: Trainer, report: Report, watch: StepWatch) -> float | None:
+    """Evaluate and report; the validation loss. Put off, to where the run goes on, when the job is to stop; then None."""
+    trainer.evaluation_due = True
+    if not watch.stop:
+        try:
+            losses = trainer.evaluate()
+        except BrokenOff:
+            watch.stop = True
+        else:
+            trainer.evaluation_due = False
+            report.evaluation(trainer.steps_done, losses)
+            return losses[VAL_LOSS]
+    return None
 
 
 def is_due(step: int, every: int) -> bool:
@@ -92,6 +122,7 @@ def resume(trainer: Trainer, run_dir: Path) -> None:
         state = load(start[0], trainer.share.parameters(), trainer.optimizer, trainer.mesh.world)
         trainer.share.repeat_tied(trainer.optimizer)
         trainer.steps_done, trainer.samples_done = state["step"], state["samples"]
+        trainer.load_progress(state.get("progress", {}))
         if isinstance(trainer.data.train, StreamRows) and trainer.reads:
             trainer.data.train.load_state(state.get("stream"))
     elif trainer.config.train.init_from is not None:
@@ -111,6 +142,7 @@ def save_checkpoint(trainer: Trainer, run_dir: Path) -> None:
     """Write what a resume under any layout needs."""
     state = {"step": trainer.steps_done, "samples": trainer.samples_done, "config": asdict(trainer.config)}
     state["train_tokens"] = dict(trainer.data.train_tokens)
+    state["progress"] = trainer.progress()
     if isinstance(trainer.data.train, StreamRows):
         state["stream"] = _gather_stream_state(trainer, trainer.data.train)
     parameters = trainer.share.owned_parameters()

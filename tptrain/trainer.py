@@ -6,9 +6,10 @@ sum, one norm over the whole model, clipping, the optimizer.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from tptrain.mesh import Mesh
 from tptrain.model.documents import RowDocuments, targets_within
 from tptrain.model.gpt import GPTStage
 from tptrain.optim.grad_norm import clip_scale, scale_gradients, squared_norm
+from tptrain.optim.guard import StepGuard
 from tptrain.optim.lr_schedules import learning_rate
 from tptrain.optim.optimizers import build_optimizer, set_lr
 from tptrain.pipeline.actions import placement, with_transfers
@@ -43,13 +45,40 @@ class StepResult:
     """What a step measured, still on the device: reading it waits for the step."""
 
     totals: Tensor
-    """fp64 [3], summed over all ranks: squared gradient norm before clipping, summed loss in nats, tokens."""
+    """fp64 [4], summed over all ranks: squared gradient norm before clipping, summed loss in nats, tokens, ranks asked to stop."""
     lr: float
+    verdict: Tensor | None = None
+    """fp64 [2], what `StepGuard.judge` gives; None: the step was taken."""
+    _copied: tuple[Tensor, torch.cuda.Event | None] | None = field(default=None, repr=False)
 
     def wait(self) -> None:
-        """Return once the device has done the step. Raises FloatingPointError, on all ranks alike, where the numbers are no numbers."""
-        if not all(map(math.isfinite, self.totals.tolist())):
-            raise FloatingPointError(f"the loss is {self.loss} and the gradient norm {self.grad_norm}: training has diverged")
+        """Return once the device has done the step."""
+        self.totals.tolist()
+
+    def begin_copy(self) -> None:
+        """Begin to bring what `facts` reads to the host, without waiting for it."""
+        assert self.verdict is not None
+        facts = torch.cat((self.totals[3:], self.verdict))
+        if facts.device.type == "cuda":
+            host = torch.empty(len(facts), dtype=facts.dtype, pin_memory=True)
+            host.copy_(facts, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._copied = host, event
+        else:
+            self._copied = facts, None
+
+    def facts(self) -> tuple[bool, bool, bool]:
+        """Whether a rank was asked to stop, whether the step was left out, whether its loss was a spike; the same on every rank.
+
+        Waits for the step's gradient, but for nothing that the device was given after it.
+        """
+        assert self._copied is not None
+        host, event = self._copied
+        if event is not None:
+            event.synchronize()
+        stop, skipped, spike = (number != 0 for number in host.tolist())
+        return stop, skipped, spike
 
     @property
     def loss(self) -> float:
@@ -60,6 +89,10 @@ class StepResult:
     def grad_norm(self) -> float:
         """Norm of the whole model's gradient, before clipping."""
         return float(self.totals[0].sqrt())
+
+
+class BrokenOff(Exception):
+    """An evaluation or a sample was given up because the job was asked to stop."""
 
 
 class Trainer:
@@ -81,12 +114,16 @@ class Trainer:
         self.actions = schedule[mesh.pp_rank]
         self.share = ModelShare(config, mesh, self.ranks, self.dtype)
         self.optimizer = build_optimizer(config.optimizer, self.share.modules)
+        self.guard = StepGuard(config.train.spike_factor, config.train.skip_spikes, mesh.device)
+        self.asked: Callable[[], bool] = lambda: False  # whether this rank was asked to stop
         self.engine = self._engine(config.parallel.micro_batch_size, config.data.seq_len)
 
         self.data = data
         self.train_data = Prefetch(data.train, config.batch_size)
         self.steps_done = 0
         self.samples_done = 0
+        self.skipped_steps = 0
+        self.evaluation_due = False  # put off by a stop, and to be made before the next step
 
     # ---- the training step ---------------------------------------------------------------------------------
 
@@ -107,21 +144,42 @@ class Trainer:
         return self._totals(loss, tokens)
 
     def update(self, totals: Tensor) -> StepResult:
-        """Clip what `compute_gradients` left, let the optimizer step, and clear the gradients."""
+        """Clip what `compute_gradients` left, let the optimizer step, and clear the gradients.
+
+        A step whose loss or gradient is no number leaves weights and optimizer as they are, and so does a spike with
+        train.skip_spikes: the next step goes on with the next samples.
+        """
+        verdict = self.guard.judge(*totals[:3])
         if self.config.optimizer.grad_clip is not None:
             scale_gradients(self.share.gradients(), clip_scale(totals[0].sqrt(), self.config.optimizer.grad_clip))
         self.steps_done += 1
         self.samples_done += self.config.batch_size
         lr = learning_rate(self.steps_done, self.config.lr_schedule, self.config.optimizer.lr, self.config.train.max_steps)
         set_lr(self.optimizer, lr)
-        self.optimizer.step()
+        if self.config.optimizer.name == "adamw":
+            self.optimizer.found_inf = verdict[0].float()  # type: ignore[attr-defined]  # fused: it decides on the device
+            self.optimizer.step()
+        elif not verdict[0].item():  # SGD has to be told, so that a GPU is waited for
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(totals, lr)
+        result = StepResult(totals, lr, verdict)
+        result.begin_copy()
+        return result
 
     def read_ahead(self) -> None:
         """Begin to read what the next step needs, in the background; each step does so for those after it."""
         if self.reads:
             self.train_data.begin(*self._own_rows(self.samples_done))
+
+    def progress(self) -> dict[str, Any]:
+        """What a resume needs to know of the steps so far, as JSON, besides their number; the same on every rank."""
+        return {"skipped_steps": self.skipped_steps, "evaluation_due": self.evaluation_due, "guard": self.guard.state()}
+
+    def load_progress(self, progress: Mapping[str, Any]) -> None:
+        """Go on from what `progress` gave. What an older checkpoint lacks is as in the beginning."""
+        self.skipped_steps, self.evaluation_due = progress.get("skipped_steps", 0), progress.get("evaluation_due", False)
+        if "guard" in progress:
+            self.guard.load_state(progress["guard"])
 
     def close(self) -> None:
         """Stop reading."""
@@ -153,10 +211,11 @@ class Trainer:
         return stage(x, targets, stream, self.config.train.label_smoothing, documents)
 
     def _totals(self, loss: Tensor, tokens: Tensor) -> Tensor:
-        """Squared gradient norm, summed loss and tokens of the whole job, fp64 [3]: one all-reduce over all ranks."""
-        totals = torch.stack((squared_norm(self.share.counted_gradients(), self.mesh.device), loss, tokens))
+        """What `StepResult.totals` describes: one all-reduce over all ranks."""
+        asked = torch.full_like(tokens, float(self.asked()))
+        totals = torch.stack((squared_norm(self.share.counted_gradients(), self.mesh.device), loss, tokens, asked))
         if self.mesh.tp_rank > 0:  # the loss is the same on all tp ranks
-            totals[1:] = 0
+            totals[1:3] = 0
         if self.mesh.dp_rank > 0:  # the count is already the whole batch's
             totals[2] = 0
         if self.mesh.world.size() > 1:
@@ -169,6 +228,7 @@ class Trainer:
         """Mean losses in nats a token by their keys in metrics.jsonl, `val_loss` first.
 
         Each is over eval_steps global batches of its validation set (null: all of it): always the same samples.
+        Raises BrokenOff, on all ranks alike, between two batches once a rank was asked to stop.
         """
         assert self.data.validation, "train.eval_steps is 0"
         self.share.begin(training=False)
@@ -187,6 +247,7 @@ class Trainer:
         actions = with_transfers(forward_only(self.ranks, self.config.parallel.micro_batches))[self.mesh.pp_rank]
         totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         for first in range(0, samples if steps is None else min(steps * batch, samples), batch):
+            self._break_off_if_asked()
             inputs, targets = self._micro_batches(data, first, samples)
             for loss, target in zip(self.engine.infer(actions, inputs, targets), targets or (), strict=False):
                 totals += torch.stack((loss.double(), (target != IGNORE_INDEX).sum().double()))
@@ -194,13 +255,14 @@ class Trainer:
 
     @torch.no_grad()
     def sample(self, prompt: list[int], count: int, end: int, temperature: float = 0.8) -> list[int]:
-        """Up to `count` tokens that follow `prompt`, ended by token `end`; the same on every rank."""
+        """Up to `count` tokens that follow `prompt`, ended by token `end`; the same on every rank. Raises BrokenOff as `evaluate` does."""
         self.share.begin(training=False)
         self.documents = None  # the prompt and what follows it are one
         generator = torch.Generator().manual_seed(self.config.seed)
         tokens = list(prompt)
         actions = with_transfers(forward_only(self.ranks, 1))[self.mesh.pp_rank]
         while len(tokens) < len(prompt) + count:
+            self._break_off_if_asked()
             context = torch.tensor([tokens[-self.config.data.seq_len :]], device=self.mesh.device)
             last = context.shape[1] - 1
             if self.config.parallel.sequence_parallel:  # what follows the last token changes nothing before it
@@ -218,6 +280,15 @@ class Trainer:
             tokens.append(int(following))
         self.share.release()
         return tokens[len(prompt) :]
+
+    def _break_off_if_asked(self) -> None:
+        """Raise BrokenOff on all ranks where one was asked to stop: a sum on the CPU, for which no device is waited for."""
+        asked = torch.tensor(float(self.asked()))
+        if self.mesh.world.size() > 1:
+            dist.all_reduce(asked, group=self.mesh.world)
+        if asked:
+            self.share.release()
+            raise BrokenOff
 
     # ---- batches -------------------------------------------------------------------------------------------
 

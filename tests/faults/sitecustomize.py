@@ -13,7 +13,7 @@ import types
 _FAIL_AT = 5
 
 
-def _fail(what: str) -> None:
+def _fail(what, wish):
     if what == "raise":
         raise RuntimeError("planted")
     if what == "refuse":
@@ -25,11 +25,13 @@ def _fail(what: str) -> None:
     if what == "freeze":
         print(f"frozen: process {os.getpid()}", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
+    if what == "listen":
+        wish.listen()
     if what == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def train(config, run_dir, store_dir):
+def train(config, run_dir, store_dir, wish):
     import torch
     import torch.distributed as dist
 
@@ -46,7 +48,7 @@ def train(config, run_dir, store_dir):
         if rank == 0:
             write_status(run_dir, "running", step)
         if step == _FAIL_AT and where in (str(rank), "all"):
-            _fail(what)
+            _fail(what, wish)
         time.sleep(0.02)
     if rank == 0:
         write_status(run_dir, "done", config.train.max_steps)

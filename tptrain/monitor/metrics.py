@@ -65,6 +65,7 @@ def train_record(
     bubble_fraction: float | None,
     data_wait_fraction: float | None,
     peak_memory_bytes: int | None,
+    skipped_steps: int,
 ) -> Record:
     """The record of a logged training step.
 
@@ -72,6 +73,7 @@ def train_record(
     record. tokens_per_step: of the global batch, so that tokens_per_second counts the whole job.
     peak_flops_per_second: of one device. bubble_fraction: of the logged step itself, as measured. data_wait_fraction: of the step time,
     waited for what is to be read, over the same steps; like peak_memory_bytes the largest over ranks.
+    skipped_steps: since the first step of training, those that were left out.
     """
     tokens_per_second = tokens_per_step / step_time if step_time else None
     return {
@@ -86,6 +88,7 @@ def train_record(
         "bubble_fraction": bubble_fraction,
         "data_wait_fraction": data_wait_fraction,
         "peak_memory_bytes": peak_memory_bytes,
+        "skipped_steps": skipped_steps,
     }
 
 

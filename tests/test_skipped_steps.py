@@ -1,0 +1,149 @@
+"""Steps that are not taken: a gradient that is no number on one rank, and a loss that is a spike; and that a run repeats itself."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.support import small_config
+from tests.test_trainer import trainer_of
+from tptrain.config import Config, ConfigError
+from tptrain.mesh import build_mesh
+from tptrain.optim.guard import StepGuard
+from tptrain.step_watch import StepWatch
+from tptrain.stop import Wish
+from tptrain.tensor_parallel.parameter import local_part
+from tptrain.trainer import StepResult, Trainer
+
+BAD, STEPS = 3, 5
+LAYOUTS: list[dict[str, int]] = [{}, {"tp": 2, "pp": 2}, {"dp": 2}]
+SGD = {"optimizer__name": "sgd", "optimizer__momentum": 0.9}
+
+
+def tensors_of(trainer: Trainer) -> list[np.ndarray]:
+    """This rank's weights and all of its optimizer's state."""
+    parameters = [local_part(parameter.detach()) for _, parameter in trainer.share.named_parameters()]
+    state = [local_part(value) for values in trainer.optimizer.state.values() for value in values.values()]
+    return [tensor.numpy().copy() for tensor in (*parameters, *state)]
+
+
+def train(rank: int, config: Config, poison: float | None) -> dict[str, Any]:
+    """Steps of which the one after BAD has `poison` in one gradient of a rank in the middle; None: it is passed over altogether."""
+    trainer = trainer_of(config)
+    real, struck = trainer.share.sum_gradients, trainer.mesh.world.size() // 2  # with tp 0, whose copy of what is replicated counts
+
+    def poisoned() -> None:
+        real()
+        if trainer.steps_done == BAD and rank == struck and poison is not None:
+            for gradient in trainer.share.counted_gradients():
+                local_part(gradient).view(-1)[-1:] = poison
+                break
+
+    trainer.share.sum_gradients = poisoned  # type: ignore[method-assign]
+    losses, facts, kept = [], [], True
+    while trainer.steps_done < STEPS:
+        if trainer.steps_done == BAD and poison is None:
+            trainer.steps_done += 1
+            trainer.samples_done += config.batch_size
+            continue
+        before, at_bad = tensors_of(trainer), trainer.steps_done == BAD
+        result = trainer.step()
+        losses.append(result.loss)
+        facts.append(result.facts())
+        if at_bad:
+            kept = all(np.array_equal(a, b) for a, b in zip(before, tensors_of(trainer), strict=True))
+    return {"losses": losses, "facts": facts, "kept": kept, "weights": [float(np.abs(part).sum()) for part in tensors_of(trainer)]}
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("optimizer", [{}, SGD], ids=["adamw", "sgd"])
+def test_a_gradient_that_is_no_number_on_one_rank_is_taken_by_none(optimizer: dict, layout: dict, poison: float) -> None:
+    """Weights and moments stay as they are to the bit, and what follows is what follows where that batch is passed over."""
+    config = small_config(**optimizer, **{f"parallel__{axis}": size for axis, size in layout.items()})
+    struck = run_ranks(config.processes, train, config, poison)
+    passed_over = run_ranks(config.processes, train, config, None)
+    for rank, twin in zip(struck, passed_over, strict=True):
+        assert rank["facts"] == [(False, step == BAD, False) for step in range(STEPS)]
+        assert rank["kept"]
+        assert rank["losses"][:BAD] + rank["losses"][BAD + 1 :] == twin["losses"]
+        assert rank["weights"] == twin["weights"]
+
+
+def test_spikes_by_hand() -> None:
+    """The mean of the loss weighs each step by 0.98 to the power of its age; a spike that is skipped does not enter it."""
+    losses = [*np.linspace(5, 3, 30), 9.0, 3.0, 6.5, 2.9]
+    for skips in (False, True):
+        guard, expected, found, seen = StepGuard(2.0, skips, torch.device("cpu")), [], [], []
+        for number, loss in enumerate(losses):
+            weights = 0.98 ** np.arange(len(seen))[::-1]
+            spike = number >= 20 and loss > 2 * np.average(seen, weights=weights)
+            expected.append([float(spike and skips), float(spike)])
+            if not (spike and skips):
+                seen.append(loss)
+            tokens = torch.tensor(7.0, dtype=torch.float64)
+            found.append(
+                guard.judge(torch.tensor(1.0, dtype=torch.float64), 7.0 * torch.tensor(loss, dtype=torch.float64), tokens).tolist()
+            )
+            again = StepGuard(2.0, skips, torch.device("cpu"))
+            again.load_state(guard.state())
+            guard = again
+        assert found == expected
+        assert found[30] == [float(skips), 1.0]
+
+
+@pytest.mark.parametrize(("most", "bad", "ends_at"), [(0, {4}, 4), (2, {2, 3, 5, 6}, None), (2, {2, 3, 4}, 4), (9, {8}, 8)])
+def test_how_many_in_a_row_end_the_run(most: int, bad: set[int], ends_at: int | None, tmp_path: Path) -> None:
+    """Of eight steps; the last must be good."""
+    run_ranks(1, check_row, most, bad, ends_at, tmp_path)
+
+
+def check_row(rank: int, most: int, bad: set[int], ends_at: int | None, folder: Path) -> None:
+    (folder / "checkpoints/step-00000001").mkdir(parents=True)
+    config = small_config(train__max_skipped_steps=most, train__max_steps=8)
+    mesh, warnings = build_mesh(config.parallel, torch.device("cpu"), 60), []
+    trainer: Any = SimpleNamespace(config=config, mesh=mesh, skipped_steps=0, steps_done=0)
+    watch = StepWatch(trainer, SimpleNamespace(warn=warnings.append), folder, Wish())  # type: ignore[arg-type]
+    for step in range(1, 9):
+        result = StepResult(torch.ones(4, dtype=torch.float64) * 0, 0.1, torch.tensor([float(step in bad), 0.0], dtype=torch.float64))
+        result.begin_copy()
+        if step == ends_at:
+            with pytest.raises(FloatingPointError, match=r"the last good checkpoint is .*step-00000001"):
+                watch.look(step, result, now=False)
+            return
+        watch.look(step, result, now=False)
+        assert watch.in_doubt == (step in bad)
+    assert ends_at is None
+    assert watch.skipped == len(bad) == len(warnings)
+    assert "step 6" in warnings[-1]
+    assert "(2 in a row, 4 of all)" in warnings[-1]
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"dp": 2, "tp": 2}], ids=str)
+def test_the_same_layout_twice_gives_the_same_bits(layout: dict) -> None:
+    config = small_config(model__dropout=0.1, **{f"parallel__{axis}": size for axis, size in layout.items()})
+    first, second = (run_ranks(config.processes, train, config, 0.5) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__spike_factor": 1.0}, "train.spike_factor=1.0 is not above 1"),
+        ({"train__skip_spikes": True}, "train.skip_spikes=true has no spikes to skip"),
+        ({"train__max_minutes": 0.0}, "train.max_minutes=0.0 is not above 0: use a positive number, or null"),
+        ({"train__max_restarts": -1}, "train.max_restarts=-1 is below 0"),
+        ({"train__max_skipped_steps": -1}, "train.max_skipped_steps=-1 is below 0"),
+        ({"launch__stop_seconds": 0.0}, "launch.stop_seconds=0.0 is not above 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small_config(**changes)
