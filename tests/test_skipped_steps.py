@@ -110,7 +110,8 @@ def check_row(rank: int, most: int, bad: set[int], ends_at: int | None, folder: 
     config = small_config(train__max_skipped_steps=most, train__max_steps=8)
     mesh, warnings = build_mesh(config.parallel, torch.device("cpu"), 60), []
     trainer: Any = SimpleNamespace(config=config, mesh=mesh, skipped_steps=0, steps_done=0)
-    watch = StepWatch(trainer, SimpleNamespace(warn=warnings.append), folder, Wish())  # type: ignore[arg-type]
+    saver: Any = SimpleNamespace(home=folder / "checkpoints", wait=lambda: None)
+    watch = StepWatch(trainer, SimpleNamespace(warn=warnings.append), saver, Wish())  # type: ignore[arg-type]
     for step in range(1, 9):
         result = StepResult(torch.ones(4, dtype=torch.float64) * 0, 0.1, torch.tensor([float(step in bad), 0.0], dtype=torch.float64))
         result.begin_copy()

@@ -10,23 +10,24 @@ from typing import Any
 import pytest
 
 from tests.support import small_config
-from tptrain.checkpoint.folder import checkpoint_folder, complete_checkpoints, find_start, partial_folder, publish, read_state, rotate
+from tptrain.checkpoint.folder import checkpoint_folder, complete_checkpoints, partial_folder, publish, read_state, rotate
+from tptrain.checkpoint.start import find_start
 from tptrain.config import Config, ConfigError, DataConfig
 from tptrain.data_config import MixturePart, SourceConfig
 
 
 def write(run_dir: Path, step: int) -> Path:
     """A complete checkpoint with one file in it."""
-    partial = partial_folder(checkpoint_folder(run_dir, step))
+    partial = partial_folder(checkpoint_folder(run_dir / "checkpoints", step))
     partial.mkdir(parents=True)
     (partial / "data").write_text(str(step))
     return publish(partial, {"step": step, "config": asdict(small_config())})
 
 
 def test_publish_makes_it_the_newest(tmp_path: Path) -> None:
-    assert complete_checkpoints(tmp_path) == []
+    assert complete_checkpoints(tmp_path / "checkpoints") == []
     first, second = write(tmp_path, 5), write(tmp_path, 10)
-    assert complete_checkpoints(tmp_path) == [first, second]
+    assert complete_checkpoints(tmp_path / "checkpoints") == [first, second]
     assert (tmp_path / "checkpoints/latest").read_text() == "step-00000010\n"
     assert read_state(second)["step"] == 10
     assert (second / "data").read_text() == "10"
@@ -34,26 +35,26 @@ def test_publish_makes_it_the_newest(tmp_path: Path) -> None:
 
 def test_a_partial_folder_is_no_checkpoint(tmp_path: Path) -> None:
     done = write(tmp_path, 5)
-    partial_folder(checkpoint_folder(tmp_path, 10)).mkdir()
-    assert complete_checkpoints(tmp_path) == [done]
+    partial_folder(checkpoint_folder(tmp_path / "checkpoints", 10)).mkdir()
+    assert complete_checkpoints(tmp_path / "checkpoints") == [done]
     assert find_start(small_config(), tmp_path) == done
 
 
 def test_publishing_again_replaces(tmp_path: Path) -> None:
     write(tmp_path, 5)
-    again = partial_folder(checkpoint_folder(tmp_path, 5))
+    again = partial_folder(checkpoint_folder(tmp_path / "checkpoints", 5))
     again.mkdir()
     (again / "other").write_text("new")
     final = publish(again, {"step": 5})
-    assert sorted(path.name for path in final.iterdir()) == ["other", "state.json"]
+    assert sorted(path.name for path in final.iterdir()) == ["manifest.json", "other", "state.json"]
 
 
 def test_rotate_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
     folders = [write(tmp_path, step) for step in (1, 2, 3, 10)]
-    partial_folder(checkpoint_folder(tmp_path, 11)).mkdir()
+    partial_folder(checkpoint_folder(tmp_path / "checkpoints", 11)).mkdir()
     (tmp_path / "checkpoints/step-00000000.deleted").mkdir()
-    rotate(tmp_path, keep=2)
-    assert complete_checkpoints(tmp_path) == folders[2:]
+    rotate(tmp_path / "checkpoints", keep=2)
+    assert complete_checkpoints(tmp_path / "checkpoints") == folders[2:]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000003", "step-00000010"]
 
 
@@ -83,7 +84,7 @@ def mixed(**changes: Any) -> Config:
 
 def start_of(asked: Config, saved: Config, folder: Path) -> str:
     """What comes of resuming a run of `saved` as `asked`: empty, or the refusal."""
-    partial = partial_folder(checkpoint_folder(folder, 5))
+    partial = partial_folder(checkpoint_folder(folder / "checkpoints", 5))
     partial.mkdir(parents=True)
     publish(partial, json.loads(json.dumps({"step": 5, "config": asdict(saved)})))
     try:
@@ -126,7 +127,7 @@ def test_what_may_change_between_two_starts(tmp_path: Path) -> None:
 
 
 def test_an_older_checkpoint_may_lack_keys(tmp_path: Path) -> None:
-    partial = partial_folder(checkpoint_folder(tmp_path, 5))
+    partial = partial_folder(checkpoint_folder(tmp_path / "checkpoints", 5))
     partial.mkdir(parents=True)
     saved = asdict(small_config())
     for name in ("mixture", "temperature", "streaming", "tokenizer"):

@@ -8,7 +8,6 @@ layout loads what any other saved. Everything else is a few numbers in `state.js
 from __future__ import annotations
 
 import contextlib
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,37 +19,24 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
-from tptrain.checkpoint.folder import checkpoint_folder, partial_folder, publish, read_state, rotate
+from tptrain.checkpoint.folder import read_state
 
 
-def save(
-    run_dir: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep: int,
-    world: dist.ProcessGroup,
-) -> Path:
-    """Write a checkpoint of step state["step"]. All ranks call this; returns the complete folder's path.
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
+    """Thin."""
+    try:
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder, sync_files=True), process_group=group)
+    except CheckpointException as error:
+        for rank, (cause, _) in sorted(error.failures.items()):
+            if isinstance(cause, OSError):
+                raise OSError(f"rank {rank}: {cause}") from None
+        raise
 
-    parameters: those that this rank saves, by their names in the whole model.
-    state: what else a resume needs, as JSON. keep: complete checkpoints that stay. world: all ranks.
-    """
-    final = checkpoint_folder(run_dir, state["step"])
-    partial = partial_folder(final)
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier(group=world)  # each rank's writer makes the folder where it finds none
-    with _plain_errors(f"saving {final} failed"):
-        writer = dcp.FileSystemWriter(partial, sync_files=True)
-        dcp.save(training_tensors(parameters, optimizer), storage_writer=writer, process_group=world)
-    if first:
-        publish(partial, state)
-        rotate(run_dir, keep)
-    dist.barrier(group=world)
-    return final
+
+def read_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
+    """Thin."""
+    with _plain_errors(f"loading {folder} failed"):
+        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(folder), process_group=group)
 
 
 def load(
@@ -58,8 +44,7 @@ def load(
 ) -> dict[str, Any]:
     """Fill parameters and their optimizer state from a checkpoint of any layout. All ranks call this. Returns the saved state."""
     materialise_state(optimizer)
-    with _plain_errors(f"loading {folder} failed"):
-        dcp.load(training_tensors(parameters, optimizer), storage_reader=dcp.FileSystemReader(folder), process_group=world)
+    read_tensors(folder, training_tensors(parameters, optimizer), world)
     return read_state(folder)
 
 
