@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from tptrain.checkpoint.manifest import DamagedCheckpoint
+from tptrain.checkpoint.reader import UnfitCheckpoint
 from tptrain.checkpoint.start import find_start, pass_over
-from tptrain.config import Config, ConfigError
+from tptrain.config import Config, ConfigError, refuse
 
 
 def restore(config: Config, run_dir: Path, load: Callable[[Path], None], group: dist.ProcessGroup) -> tuple[Path | None, list[str]]:
@@ -29,6 +30,10 @@ def restore(config: Config, run_dir: Path, load: Callable[[Path], None], group: 
         except DamagedCheckpoint as error:
             assert start is not None
             damage[start] = str(error)
+        except UnfitCheckpoint as error:
+            raise refuse(
+                "checkpoint.resume", config.checkpoint.resume, str(error), "use a checkpoint of this model and optimizer"
+            ) from None
         else:
             return start, pass_over(damage, start) if dist.get_rank() == 0 else []
 
