@@ -27,7 +27,7 @@ _context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fs
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
     """Each rank's return value, by rank. Raises AssertionError with the first failed rank's traceback."""
-    with started_ranks(world, function, *args) as (processes, receivers):
+    with started_ranks(world, function, *args) as (_, receivers):
         return _collect(receivers, time.monotonic() + timeout)
 
 

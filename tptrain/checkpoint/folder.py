@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tptrain.checkpoint.manifest import DamagedCheckpoint, write_manifest
+from tptrain.checkpoint.manifest import DamagedCheckpoint, read_json, write_manifest
 from tptrain.config import CheckpointConfig
 from tptrain.files import sync_folder, write_atomically
 
@@ -75,14 +75,9 @@ def publish(partial: Path, state: dict[str, Any]) -> Path:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """What `publish` was given. Raises DamagedCheckpoint where the file holds something else."""
-    path = folder / STATE_FILE
-    try:
-        state: dict[str, Any] = json.loads(path.read_bytes())
-        known = isinstance(state["step"], int)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        known = False
-    if not known:
-        raise DamagedCheckpoint(path, "is no training state")
+    state = read_json(folder / STATE_FILE)
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint(folder / STATE_FILE, "is no training state")
     return state
 
 

@@ -109,12 +109,20 @@ def _newest_sound(checkpoints: list[Path], damage: dict[Path, str]) -> Path | No
             continue
         try:
             check_manifest(folder)
-            read_state(folder)
+            _check_state(folder)
         except DamagedCheckpoint as error:
             damage[folder] = str(error)
         else:
             return folder
     return None
+
+
+def _check_state(folder: Path) -> None:
+    """Raise DamagedCheckpoint where `state.json` does not say what a start needs, though the manifest agrees: somebody made it so."""
+    state = read_state(folder)
+    config = state.get("config")
+    if type(state.get("step")) is not int or not isinstance(config, dict) or not all(isinstance(config.get(k), dict) for k in _MUST_EQUAL):
+        raise DamagedCheckpoint(folder / STATE_FILE, "is no training state")
 
 
 def _check_latest(home: Path, damage: dict[Path, str]) -> None:
