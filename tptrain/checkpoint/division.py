@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import WriteItem
 
 from tptrain.tensor_parallel.parameter import local_part
 
@@ -50,12 +51,18 @@ def divide(tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> Division:
     shares: list[Any] = [None] * size
     if first:
         plans, _ = planner.create_global_plan(plans)
-        total = sum(item.tensor_storage_size() or 0 for plan in plans for item in plan.items)
+        total = sum(_bytes(item) for plan in plans for item in plan.items)
         shares = [(frozenset(item.index.fqn for item in plan.items), total) for plan in plans]
     own: list[Any] = [None]
     dist.scatter_object_list(own, shares if first else None, group=group, group_src=0)
     keys, total_bytes = own[0]
     return Division(keys, total_bytes, _layout(tensors))
+
+
+def _bytes(item: WriteItem) -> int:
+    """Of the part of a tensor that an item is about."""
+    assert item.tensor_data is not None
+    return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> _Layout:

@@ -156,8 +156,8 @@ class Saver:
             error = self._write(partial, own)
         if error is None:
             error = self._on_rank_0(lambda: self._complete(partial, state))
-        if first and error is not None:
-            shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
+        if error is not None:
+            self._on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))  # the disk may be full
         self.last = Saved(state["step"], error)
         self._unreported = state["step"] if error is None else None
         if first:
