@@ -51,8 +51,8 @@ def step_of(complete: Path) -> int:
 
 
 def make_room(partial: Path) -> None:
-    """Make an empty folder to write a checkpoint into, without what a run that was killed left there."""
-    shutil.rmtree(partial, ignore_errors=True)
+    """Make an empty folder to write a checkpoint into. Nothing else may be being written: what runs that were killed left is deleted."""
+    clear(partial.parent)
     partial.mkdir(parents=True)
     sync_folder(partial.parent)
 
@@ -66,7 +66,7 @@ def publish(partial: Path, state: dict[str, Any]) -> Path:
     write_atomically(partial / STATE_FILE, (json.dumps(state, indent=2) + "\n").encode())
     write_manifest(partial)
     if final.exists():
-        _delete(final)
+        _doom(final)
     partial.rename(final)
     sync_folder(final.parent)
     write_atomically(final.parent / LATEST, f"{final.name}\n".encode())
@@ -85,12 +85,12 @@ def rotate(home: Path, keep: int, keep_every: int | None = None) -> None:
     """Delete all but the `keep` newest complete checkpoints and those of every `keep_every`th step, and what killed runs left."""
     for path in complete_checkpoints(home)[:-keep]:
         if keep_every is None or step_of(path) % keep_every:
-            _delete(path)
+            _doom(path)
     clear(home)
 
 
 def clear(home: Path) -> None:
-    """Delete what killed runs left. To be called while nothing is written."""
+    """Delete what is given up or was left by runs that were killed. To be called while nothing is written."""
     for ending in ("partial", "deleted"):
         for leftover in home.glob(f"step-*.{ending}"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -105,9 +105,8 @@ def set_aside(damaged: Path) -> Path:
     return aside
 
 
-def _delete(complete: Path) -> None:
-    """Delete a complete checkpoint. Renamed first, so that no half-deleted folder bears a complete one's name."""
+def _doom(complete: Path) -> None:
+    """Mark a complete checkpoint as one to be deleted: renamed first, so that no half-deleted folder bears a complete one's name."""
     doomed = complete.with_name(complete.name + ".deleted")
     shutil.rmtree(doomed, ignore_errors=True)
     complete.rename(doomed)
-    shutil.rmtree(doomed)

@@ -31,9 +31,8 @@ def restore(config: Config, run_dir: Path, load: Callable[[Path], None], group: 
             assert start is not None
             damage[start] = str(error)
         except UnfitCheckpoint as error:
-            raise refuse(
-                "checkpoint.resume", config.checkpoint.resume, str(error), "use a checkpoint of this model and optimizer"
-            ) from None
+            rule = f"finds another model's checkpoint: {error}"
+            raise refuse("checkpoint.resume", config.checkpoint.resume, rule, "use one of this model and optimizer") from None
         else:
             return start, pass_over(damage, start) if dist.get_rank() == 0 else []
 
