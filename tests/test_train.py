@@ -116,7 +116,7 @@ def test_killed_while_saving_loads_the_last_complete_checkpoint(unbroken: Path, 
         for name in before:
             assert (run_dir / "checkpoints" / name / "state.json").is_file()
         for complete in (run_dir / "checkpoints").glob("step-????????"):
-            assert (complete / ".metadata").is_file()
+            assert (complete / "tensors.json").is_file()
     assert kills >= 2
     outcome = command(tmp_path, *arguments(run_dir))
     assert outcome.code == 0, outcome.err
