@@ -116,7 +116,7 @@ def test_a_checkpoint_knows_where_every_lane_stands(folder: Path, runs: dict[str
     assert starts.count([]) == 4, "only the first start, of four readers, is from nothing"
     assert starts.count(["0", "1", "2", "3"]) == len(starts) - 4
     for run in ("one", "four"):
-        state = read_state(complete_checkpoints(folder / run)[-1])["stream"]
+        state = read_state(complete_checkpoints(folder / run / "checkpoints")[-1])["stream"]
         assert sorted(state["lanes"]) == ["0", "1", "2", "3"]
         for mark in state["lanes"].values():
             assert 28 * 16 - 3 * 3 * 30 < mark["token"] <= 28 * 16

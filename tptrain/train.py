@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -42,6 +43,7 @@ def train(config: Config, run_dir: Path, store_dir: Path, wish: Wish | None = No
     mesh = build_mesh(config.parallel, device, config.launch.timeout_seconds)
     trainer = Trainer(config, mesh, open_data(config, store_dir))
     saver = Saver(run_dir, config.checkpoint, background_group(config.checkpoint.timeout_seconds))
+    gc.freeze()  # the garbage collector need not look through all of torch, now and then, in the middle of a step or a save
     resume(trainer, run_dir, saver.group)
     trainer.read_ahead()
     max_steps = config.train.max_steps
@@ -65,7 +67,7 @@ def train(config: Config, run_dir: Path, store_dir: Path, wish: Wish | None = No
             watch.look(step, result, waits)
             saver.prepare(trainer.share.owned_parameters(), trainer.optimizer)
             report.saved(saver.take_complete())
-            saves = (saves or watch.stop) and not watch.in_doubt
+            saves = (saves and not watch.in_doubt) or watch.stop
             timer.step()
             with timer.paused():
                 if logs:
@@ -75,7 +77,7 @@ def train(config: Config, run_dir: Path, store_dir: Path, wish: Wish | None = No
                     report.trace(step, trainer.spans, zero)
                 if evaluates:
                     val_loss = evaluate(trainer, report, watch)
-                    saves = saves or (watch.stop and not watch.in_doubt)
+                    saves = saves or watch.stop
                 if saves:
                     save_checkpoint(trainer, saver)
         if config.train.sample_tokens and result is not None and not watch.stop:
@@ -102,7 +104,7 @@ def evaluate(trainer: Trainer, report: Report, watch: StepWatch) -> float | None
         try:
             losses = trainer.evaluate()
         except BrokenOff:
-            watch.stop = True
+            watch.stop = not watch.in_doubt
         else:
             trainer.evaluation_due = False
             report.evaluation(trainer.steps_done, losses)
