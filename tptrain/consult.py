@@ -1,7 +1,9 @@
 """The verb `doctor`: start the ranks of a layout, have them measure, show what they found, and say whether all is well.
 
     RUN_DIR/doctor.json     all numbers, and what was found
-    RUN_DIR/doctor/         the ranks' own folder: config.yaml, logs; gone at the end, unless a rank failed
+    RUN_DIR/doctor/         the ranks' own folder: config.yaml, logs
+
+That folder is gone at the end, unless a rank failed: a run that is there already keeps its own files.
 """
 
 from __future__ import annotations

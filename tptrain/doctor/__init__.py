@@ -5,4 +5,6 @@
     matmul ──── how fast it multiplies, all at once      links ── latency and bandwidth of every group
     record ──── these numbers                            needs ── what the run will want of memory and disk
     judge ───── which of them are slow or short          show ─── tables
+
+Only what measures needs torch; the rest is also used by the command that starts the ranks.
 """
