@@ -251,7 +251,8 @@ class DoctorConfig:
     """From where on `tptrain doctor` calls something slow."""
 
     slow_rank: float = 0.3
-    """How far a rank's matrix products may stay below the median of the other ranks', as a share of it."""
+    """How far a rank's matrix products may stay below the median of the other ranks', as a share of it; on the CPU
+    also how far the time for which it had its cores may stay below its even share of them."""
     slow_link: float = 0.5
     """How far a link's bandwidth may stay below the median of the other links of its kind, as a share of it."""
 

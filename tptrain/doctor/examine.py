@@ -39,7 +39,7 @@ def examine(config: Config, run_dir: Path, store_dir: Path) -> dict[str, Any] | 
     hosts: list[Any] = [None] * mesh.world.size()
     dist.all_gather_object(hosts, own.host, group=mesh.world)
     report = _measure(config, mesh, own, hosts, together)
-    if together.largest(float(report is not None and judge.is_slow(report, config.doctor))):
+    if together.largest(float(report is not None and bool(judge.slow(report, config.doctor)))):
         again = _measure(config, mesh, own, hosts, together)
         report = judge.better(report, again) if report is not None and again is not None else None
     return report.to_dict() if report is not None else None

@@ -2,7 +2,8 @@
 
 Slow is judged beside others of the same kind: a rank's matrix products beside the median of all other ranks', a link's bandwidth beside
 the median of all other links that should be equally fast. So two ranks are enough to tell the slower one, and many slow ones do not hide
-behind one another until they are half of all. Short is what cannot hold what the run needs at the least.
+behind one another until they are half of all. On the CPU the time for which a rank had its cores tells by itself, also of a single rank,
+whether something else uses them. Short is what cannot hold what the run needs at the least.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ CLOCK_SECONDS = 1.0
 """A clock that is further off than this is worth a finding: log lines of two ranks then come in the wrong order."""
 STORE_DISK_BYTES = 10**9
 """Less free disk for token stores than this is short; how much one takes is known only once the text is read."""
-_WHOLE_CORE = 0.9
-"""A rank that had its cores for less than this share of the time shared them."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Finding:
     """Something that is slow or short."""
 
     kind: str
-    """slow rank, slow link, memory, disk, clock or run folder."""
+    """slow rank, busy cores, slow link, memory, disk, clock or run folder."""
     text: str
 
 
@@ -68,23 +67,23 @@ class Diagnosis:
 def diagnose(report: Report, limits: DoctorConfig, needs: Needs) -> Diagnosis:
     """Judge a report."""
     ranks, links = rank_shortfalls(report.ranks), link_shortfalls(report.links)
-    findings = [
+    return Diagnosis(ranks, links, [*slow(report, limits), *_short(report.ranks, needs)])
+
+
+def slow(report: Report, limits: DoctorConfig) -> list[Finding]:
+    """What is slow."""
+    found = [
         Finding("slow rank", describe_rank(rank, short))
-        for rank, short in zip(report.ranks, ranks, strict=True)
+        for rank, short in zip(report.ranks, rank_shortfalls(report.ranks), strict=True)
         if short is not None and short.share > limits.slow_rank
     ]
-    findings += [
+    found += _busy(report.ranks, limits.slow_rank)
+    found += [
         Finding("slow link", describe_link(link, short))
-        for link, short in zip(report.links, links, strict=True)
+        for link, short in zip(report.links, link_shortfalls(report.links), strict=True)
         if short is not None and short.share > limits.slow_link
     ]
-    return Diagnosis(ranks, links, [*findings, *_short(report.ranks, needs)])
-
-
-def is_slow(report: Report, limits: DoctorConfig) -> bool:
-    """Whether any rank or link is."""
-    ranks = any(short is not None and short.share > limits.slow_rank for short in rank_shortfalls(report.ranks))
-    return ranks or any(short is not None and short.share > limits.slow_link for short in link_shortfalls(report.links))
+    return found
 
 
 def shortfalls(values: Sequence[float]) -> list[Shortfall | None]:
@@ -141,9 +140,7 @@ def better(one: Report, other: Report) -> Report:
 def describe_rank(rank: RankRecord, short: Shortfall) -> str:
     """`rank 1 on host-a: 34.0 GFLOP/s in fp32, 52 % below the median of the others, 70.8 GFLOP/s`."""
     rate = amount(rank.matmul_flops_per_second[short.what], "FLOP/s")
-    busy = rank.core_share is not None and rank.core_share < _WHOLE_CORE
-    shared = f"; it had its core{'s' * (rank.threads > 1)} for {percent(rank.core_share or 0)} of the time" if busy else ""
-    return f"rank {rank.rank} on {rank.host}: {rate} in {short.what}, {_beside(short, 'FLOP/s')}{shared}"
+    return f"rank {rank.rank} on {rank.host}: {rate} in {short.what}, {_beside(short, 'FLOP/s')}"
 
 
 def describe_link(link: Link, short: Shortfall | None) -> str:
@@ -160,6 +157,25 @@ def _beside(short: Shortfall, unit: str, like: str = "") -> str:
 def _worst(shortfalls: Sequence[Shortfall | None]) -> int | None:
     known = [(short.share, -place) for place, short in enumerate(shortfalls) if short is not None]
     return -max(known)[1] if known else None
+
+
+# ---- cores -----------------------------------------------------------------------------------------------
+
+
+def _busy(ranks: Sequence[RankRecord], limit: float) -> list[Finding]:
+    """A finding a host whose ranks had their cores for less of the time than their even share of these, by more than `limit` of it."""
+    found = []
+    for host in dict.fromkeys(rank.host for rank in ranks):
+        here = [rank for rank in ranks if rank.host == host]
+        threads = sum(rank.threads for rank in here)
+        known = {rank.rank: rank.core_share for rank in here if rank.core_share is not None}
+        even = {rank.rank: min(1.0, rank.cores / threads) for rank in here}
+        short = {rank: share for rank, share in known.items() if share < (1 - limit) * even[rank]}
+        if short:
+            shares = " to ".join(dict.fromkeys((percent(min(short.values())), percent(max(short.values())))))
+            text = f"{ranks_text(short)} on {host} had the cores for {shares} of the time: something else runs there"
+            found.append(Finding("busy cores", text))
+    return found
 
 
 # ---- short -----------------------------------------------------------------------------------------------

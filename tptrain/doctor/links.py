@@ -34,7 +34,7 @@ from tptrain.tensor_parallel.communication import (
 LARGE_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 """The message by which bandwidth is measured; that for latency has one number a rank."""
 _NUMBER_BYTES = 4
-_SECONDS = 0.2
+_SECONDS = 0.1
 """How long one kind of message is repeated, about."""
 _LEAST, _MOST = 5, 30
 """Repetitions."""

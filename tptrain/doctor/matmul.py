@@ -13,7 +13,7 @@ import torch
 
 from tptrain.doctor.together import Together
 
-WINDOW_SECONDS = 0.2
+WINDOW_SECONDS = 0.1
 WINDOWS = 5
 _SIZES = (256, 512, 1024, 2048, 4096, 8192)
 _LEAST_SECONDS = 0.004
