@@ -71,8 +71,8 @@ def _title(config: Config) -> str:
 
 def _show(terminal: rich.console.Console, config: Config, run_dir: Path, report: Report, diagnosis: Diagnosis) -> None:
     """Print the tables and the verdict. Raises JobFailed where something is slow or short."""
-    _say(terminal, f"the same on all ranks: {show.versions_text(report.versions)}\n")
-    terminal.print(show.rank_table(report, diagnosis, config.doctor.slow_rank))
+    _say(terminal, f"{'versions':<{_LABEL_WIDTH}}{show.versions_text(report)}\n")
+    terminal.print(show.machine_table(report, diagnosis), "", show.speed_table(report, diagnosis, config.doctor.slow_rank))
     if report.links:
         terminal.print("", show.link_table(report, diagnosis, config.doctor.slow_link))
     if show.left_out(report):

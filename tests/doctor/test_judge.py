@@ -21,10 +21,18 @@ NEEDS = Needs(states=[1000] * 4, checkpoint=100, checkpoints=3, existing=50)
 
 def rank(number: int, **changes: Any) -> RankRecord:
     record = RankRecord(
-        rank=number, host="ab"[number // 2], device="cpu, 1 thread", cores=8, threads=1, memory_free_bytes=10**9, memory_total_bytes=2 * 10**9,
-        run_disk_free_bytes=10**9, store_disk_free_bytes=STORE_DISK_BYTES, matmul_flops_per_second={"fp32": 1e11, "bf16": 4e11},
+        rank=number,
+        host="ab"[number // 2],
+        device="cpu, 1 thread",
+        cores=8,
+        threads=1,
+        memory_free_bytes=10**9,
+        memory_total_bytes=2 * 10**9,
+        run_disk_free_bytes=10**9,
+        store_disk_free_bytes=STORE_DISK_BYTES,
+        matmul_flops_per_second={"fp32": 1e11, "bf16": 4e11},
         core_share=1.0,
-    )  # fmt: skip
+    )
     return dataclasses.replace(record, **changes)
 
 

@@ -55,7 +55,7 @@ def examine(rank: int) -> dict[str, Any]:
         if not results:
             results["offset"] = clock.clock_offset(mesh.world)
             results["rate"] = matmul.matmul_rate(torch.float32, device, together)
-        if rank == 2:
+        if rank == 2 and name == "tp2_pp2":
             dist.send = late
         hosts = ["a", "a", "b", "b"]
         results[name] = [asdict(link) for link in measure_links(mesh, config.parallel, hosts, together)]

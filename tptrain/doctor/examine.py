@@ -38,11 +38,19 @@ def examine(config: Config, run_dir: Path, store_dir: Path) -> dict[str, Any] | 
     own.clock_offset_seconds, own.clock_error_seconds = clock_offset(mesh.world)
     hosts: list[Any] = [None] * mesh.world.size()
     dist.all_gather_object(hosts, own.host, group=mesh.world)
+    _tell(own, f"{mesh.world.size()} rank{'s' * (mesh.world.size() > 1)} on {len(set(hosts))} host{'s' * (len(set(hosts)) > 1)}: measuring")
     report = _measure(config, mesh, own, hosts, together)
     if together.largest(float(report is not None and bool(judge.slow(report, config.doctor)))):
+        _tell(own, "something is slow: measuring once more")
         again = _measure(config, mesh, own, hosts, together)
         report = judge.better(report, again) if report is not None and again is not None else None
     return report.to_dict() if report is not None else None
+
+
+def _tell(own: RankRecord, text: str) -> None:
+    """On the terminal, once."""
+    if own.rank == 0:
+        print(text, flush=True)
 
 
 def _measure(config: Config, mesh: Mesh, own: RankRecord, hosts: list[str], together: Together) -> Report | None:

@@ -33,6 +33,7 @@ from tptrain.tensor_parallel.communication import (
 
 LARGE_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 """The message by which bandwidth is measured; that for latency has one number a rank."""
+_KINDS = ("tp", "pp", "dp", "all")
 _NUMBER_BYTES = 4
 _SECONDS = 0.1
 """How long one kind of message is repeated, about."""
@@ -73,13 +74,13 @@ def measure_links(mesh: Mesh, parallel: ParallelConfig, hosts: Sequence[str], to
 
 
 def slowest_view(links: Sequence[Link]) -> list[Link]:
-    """One link of each that several ranks measured: as the rank saw it that waited longest."""
+    """One link of each that several ranks measured, as the rank saw it that waited longest; in the order of the table above."""
     found: dict[tuple[str, str, tuple[int, ...]], Link] = {}
     for link in links:
         first = found.setdefault((link.kind, link.operation, tuple(link.ranks)), link)
         first.latency_seconds = max(first.latency_seconds, link.latency_seconds)
         first.bandwidth_bytes_per_second = min(first.bandwidth_bytes_per_second, link.bandwidth_bytes_per_second)
-    return list(found.values())
+    return sorted(found.values(), key=lambda link: (_KINDS.index(link.kind), link.operation, link.ranks))
 
 
 def exchanges(mesh: Mesh, parallel: ParallelConfig) -> Iterator[Exchange]:

@@ -35,17 +35,25 @@ def content(config: Config, report: Report, diagnosis: Diagnosis) -> dict[str, A
     }
 
 
-def rank_table(report: Report, diagnosis: Diagnosis, limit: float) -> Table:
-    """A row a rank; of many, the worst. limit: the shortfall from which on a rank is slow."""
-    table = _table("rank", "host", "device", "clock", "memory", "run disk", "store disk", "fp32", "bf16", "core", "below others")
+def machine_table(report: Report, diagnosis: Diagnosis) -> Table:
+    """A row a rank, where it runs and what is free there; of many, the slowest ranks."""
+    table = _table("rank", "host", "device", "clock", "memory", "run disk", "store disk")
     for place in _worst_first(diagnosis.ranks):
-        rank, short = report.ranks[place], diagnosis.ranks[place]
+        rank = report.ranks[place]
         clock = f"{seconds(rank.clock_offset_seconds)} ± {seconds(rank.clock_error_seconds)}" if rank.rank else ""
         free = [rank.memory_free_bytes, rank.run_disk_free_bytes, rank.store_disk_free_bytes]
+        _row(table, True, [str(rank.rank), rank.host, rank.device, clock, *(amount(count, "B") for count in free)])
+    return table
+
+
+def speed_table(report: Report, diagnosis: Diagnosis, limit: float) -> Table:
+    """A row a rank, how fast it multiplies; of many, the slowest. limit: the shortfall from which on a rank is slow."""
+    table = _table("rank", "fp32", "bf16", "had its cores", "below others")
+    for place in _worst_first(diagnosis.ranks):
+        rank, short = report.ranks[place], diagnosis.ranks[place]
         rates = [amount(rank.matmul_flops_per_second[what], "FLOP/s") for what in ("fp32", "bf16")]
         core = percent(rank.core_share) if rank.core_share is not None else ""
-        cells = [str(rank.rank), rank.host, rank.device, clock, *(amount(count, "B") for count in free), *rates, core, _percent(short)]
-        _row(table, short is None or short.share <= limit, cells)
+        _row(table, short is None or short.share <= limit, [str(rank.rank), *rates, core, _percent(short)])
     return table
 
 
@@ -75,9 +83,10 @@ def summary(report: Report, diagnosis: Diagnosis) -> list[tuple[str, str]]:
     return rows
 
 
-def versions_text(versions: dict[str, str | None]) -> str:
-    """`python 3.11.2, torch 2.13.0, ...`, without what is not there."""
-    return ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
+def versions_text(report: Report) -> str:
+    """`python 3.11.2, torch 2.13.0, ..., the same on all ranks`, without what is not there."""
+    found = [f"{name} {version}" for name, version in report.versions.items() if version is not None]
+    return ", ".join(found) + ", the same on all ranks" * (len(report.ranks) > 1)
 
 
 def left_out(report: Report) -> str:
