@@ -124,9 +124,9 @@ def inline(job: Job) -> Any:
             _leave_group()
 
 
-def joined(work: str, config: Config, prepare: Callable[[], Job], place: Place, wish: Wish) -> Any:
+def joined(work: str, config: Config, prepare: Callable[[], Job], place: Place, wish: Wish, begin: Callable[[Path], None]) -> Any:
     """Work as one of torchrun's ranks. prepare: makes the job; rank 0 calls it, and the others take the job from rank 0. wish: tells this
-    rank to stop.
+    rank to stop. begin: called with the run folder before the work.
 
     Raises JobFailed once this rank's failure is recorded and told, Stopped once all ranks have stopped, and what `prepare` raises.
     """
@@ -139,6 +139,7 @@ def joined(work: str, config: Config, prepare: Callable[[], Job], place: Place, 
         job = dataclasses.replace(_from_rank_0(job), wish=wish)
         run_dir = job.run_dir
         _keep_log(run_dir, place.rank)
+        begin(run_dir)
         return WORKS[job.work].run(job)
     except Stopped:
         if wish.listening:
