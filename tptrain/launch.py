@@ -127,7 +127,7 @@ def _take_part(config: Config, run_dir: Path, place: Place) -> float | None:
     try:
         with contextlib.ExitStack() as listening:
             wish.announce = lambda: listening.enter_context(signals_stop(lambda number: wish.ask(number.name), echo_seconds=1.0))
-            value: float | None = ranks.joined(config, prepare, place, wish, _keep_flights)
+            value: float | None = ranks.joined("train", config, prepare, place, wish, _keep_flights)
             return value
     except Stopped as stop:
         stop.exit_code = AGAIN
@@ -144,6 +144,19 @@ def run(job: Job, apart: bool = False) -> Any:
     _set_environment(job.config, None)
     write_job(job)
     return ranks.inline(job) if job.config.processes == 1 and not apart else _spawn(job)
+
+
+def take_part(job: Job, place: Place) -> Any:
+    """Do rank 0's `job` as one of a launcher's ranks, which a signal ends at once; this rank's value. Raises what `ranks.joined` does."""
+    _set_environment(job.config, place)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ranks.die_with_parent()
+
+    def prepare() -> Job:
+        write_job(job)
+        return job
+
+    return ranks.joined(job.work, job.config, prepare, place, job.wish, _keep_flights)
 
 
 def given_place() -> Place | None:
