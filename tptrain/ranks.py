@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 from tptrain import failures, lifeline
 from tptrain.config import Config
+from tptrain.eval_config import EvalConfig
 from tptrain.generate_config import GenerateConfig
 from tptrain.host_memory import keep_freed_memory
 from tptrain.job import ALONE, Job, Place
@@ -67,6 +68,13 @@ def _generate(job: Job) -> dict[str, float]:
     return generate(job.config)
 
 
+def _evaluate(job: Job) -> dict[str, Any]:
+    """Losses and likelihoods of a trained model."""
+    from tptrain.evaluate import evaluate
+
+    return evaluate(job.config, job.run_dir, job.store_dir)
+
+
 @dataclass(frozen=True)
 class Work:
     """One thing that ranks can do."""
@@ -82,6 +90,7 @@ WORKS = {
     "check-twin": Work(_check_twin),
     "check-layout": Work(_check_layout),
     "generate": Work(_generate, GenerateConfig),
+    "eval": Work(_evaluate, EvalConfig),
 }
 """By the name that travels to the ranks."""
 
