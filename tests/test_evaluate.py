@@ -47,11 +47,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "questions.jsonl", QUESTIONS)
     write_lines(folder / "masked.jsonl", MASKED_QUESTIONS)
     plain = [argument for argument in SMALL if not argument.startswith(("data=", "data.", "model.", "train.eval"))]
+    trainings = []
     for family in ("llama", "gpt2"):
         their_model(family, family == "gpt2").save_pretrained(folder / f"{family}-theirs")
-        model = on_command_line(family, family == "gpt2")
-        begins = f"train.init_from={family}-theirs"
-        assert (outcome := finish(start(folder, *plain, *DATA, *TINY, *model, begins, f"hydra.run.dir={family}"))).code == 0, outcome.err
+        begins = [*on_command_line(family, family == "gpt2"), f"train.init_from={family}-theirs"]
+        trainings.append(start(folder, *plain, *DATA, *TINY, *begins, f"hydra.run.dir={family}"))
+    for outcome in map(finish, trainings):
+        assert outcome.code == 0, outcome.err
     copy_run(folder, "gpt2", "gpt2-masked", "document_mask: false", "document_mask: true")
     copy_run(folder, "llama", "llama-bf16", "precision: fp32", "precision: bf16")
     return folder
@@ -81,10 +83,10 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @torch.no_grad()
-def token_log_probabilities(model: Any, ids: list[int]) -> np.ndarray:
-    """Of each id after the first, given those before it, by plain torch in fp64: [len(ids) - 1]."""
-    logits = model(torch.tensor([ids[:-1]])).logits[0].double()
-    return logits.log_softmax(-1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy()
+def token_log_probabilities(model: Any, rows: list[list[int]]) -> np.ndarray:
+    """Of each id after its row's first, given those before it, by plain torch in fp64: [rows, length - 1]. Rows of one length."""
+    ids = torch.tensor(rows)
+    return model(ids[:, :-1]).logits.double().log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1).numpy()
 
 
 def expected_choices(runs: Path, family: str, questions: list[dict[str, Any]]) -> list[list[float]]:
@@ -97,19 +99,18 @@ def expected_choices(runs: Path, family: str, questions: list[dict[str, Any]]) -
         for choice in question["choices"]:
             ids = [*(context or [END]), *choice.encode()]
             blanks = len(context) - len(context.rstrip())  # are foretold with the choice
-            found[-1].append(float(token_log_probabilities(model, ids)[-len(choice.encode()) - blanks :].sum()))
+            found[-1].append(float(token_log_probabilities(model, [ids])[0, -len(choice.encode()) - blanks :].sum()))
     return found
 
 
 def expected_loss(runs: Path, family: str, windows: list[list[int]], apart: bool = False) -> tuple[float, int]:
     """Mean loss and number of targets. apart: each document of a window by itself."""
     model = theirs(runs, family)
+    rows = [piece for window in windows for piece in (split_behind_ends(window) if apart else [window]) if len(piece) > 1]
     total, count = 0.0, 0
-    for window in windows:
-        for piece in split_behind_ends(window) if apart else [window]:
-            if len(piece) > 1:
-                total -= float(token_log_probabilities(model, piece).sum())
-                count += len(piece) - 1
+    for length in {len(row) for row in rows}:
+        found = token_log_probabilities(model, [row for row in rows if len(row) == length])
+        total, count = total - float(found.sum()), count + found.size
     return total / count, count
 
 
@@ -210,38 +211,44 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("run", LAYOUTS)
-def test_every_layout_gives_what_transformers_computes(runs: Path, evaluate, monkeypatch: pytest.MonkeyPatch, run: str) -> None:
-    """Over all of the held-out text, in rows that no layout divides evenly, and pairs of unequal length. One start serves all layouts."""
-    family, masked = run.split("-")[0], run.endswith("masked")
-    file, questions = ("masked.jsonl", MASKED_QUESTIONS) if masked else ("questions.jsonl", QUESTIONS)
+def test_every_layout_gives_what_transformers_computes(runs: Path, evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all of the held-out text, in rows that no layout divides evenly, and pairs of unequal length. One start serves all."""
     jobs: list[Job] = []
 
     def later(job: Job) -> Any:
-        kept = Job(job.work, job.config, runs / f"job-{run}-{len(jobs)}", job.store_dir)
+        kept = Job(job.work, job.config, runs / f"job-{len(jobs)}", job.store_dir)
         launch.write_job(kept)
         pairs_path(job.run_dir, 0).rename(pairs_path(kept.run_dir, 0))
         jobs.append(kept)
         raise launch.Stopped("later")
 
+    cases = [(run, layout) for run, layouts in LAYOUTS.items() for layout in layouts]
     with monkeypatch.context() as patch:
         patch.setattr(launch, "run", later)
-        for layout in LAYOUTS[run]:
+        for run, layout in cases:
             with pytest.raises(launch.Stopped):
-                evaluate(f"run={run}", "data=own", f"choices={file}", *layout.split())
-    (measured, *others) = run_ranks(4, do_jobs, jobs)
+                evaluate(f"run={run}", "data=own", f"choices={file_of(run)}", *layout.split())
+    measured, *others = run_ranks(4, do_jobs, jobs)
     assert all(other == measured for other in others), "ranks agree"
 
-    tolerance = 2e-2 if run.endswith("bf16") else 2e-6
     rows = windows(held_out(runs))
-    loss, count = expected_loss(runs, family, rows, apart=masked)
-    scores = [score for row in expected_choices(runs, family, questions) for score in row]
     assert len(rows) % 4, "an uneven split"
-    for layout, found in zip(LAYOUTS[run], measured, strict=True):
-        total, tokens = found["sets"]["val_loss"]
-        assert tokens == count, layout
-        assert math.isclose(total / tokens, loss, rel_tol=tolerance), layout
-        np.testing.assert_allclose(found["choices"][0], scores, rtol=10 * tolerance, err_msg=layout)
+    found_under = dict(zip(cases, measured, strict=True))
+    for run, layouts in LAYOUTS.items():
+        family, masked = run.split("-")[0], run.endswith("masked")
+        tolerance = 2e-2 if run.endswith("bf16") else 2e-6
+        loss, count = expected_loss(runs, family, rows, apart=masked)
+        scores = [score for row in expected_choices(runs, family, MASKED_QUESTIONS if masked else QUESTIONS) for score in row]
+        for layout in layouts:
+            found = found_under[run, layout]
+            total, tokens = found["sets"]["val_loss"]
+            assert tokens == count, (run, layout)
+            assert math.isclose(total / tokens, loss, rel_tol=tolerance), (run, layout)
+            np.testing.assert_allclose(found["choices"][0], scores, rtol=10 * tolerance, err_msg=f"{run} {layout}")
+
+
+def file_of(run: str) -> str:
+    return "masked.jsonl" if run.endswith("masked") else "questions.jsonl"
 
 
 def do_jobs(rank: int, jobs: list[Job]) -> list[dict[str, Any]]:
@@ -278,19 +285,15 @@ def test_a_cut_context_is_what_the_model_sees(runs: Path, evaluate, tmp_path: Pa
     model = theirs(runs, "llama")
     for choice, score in zip(long["choices"], found["answers"][0]["log_likelihoods"], strict=True):
         ids = list(f"{long['context']} {choice}".encode())[-LENGTH - 1 :]
-        assert score == pytest.approx(token_log_probabilities(model, ids)[-len(choice) - 1 :].sum(), abs=1e-4)
+        assert score == pytest.approx(token_log_probabilities(model, [ids])[0, -len(choice) - 1 :].sum(), abs=1e-4)
     assert found["long"]["cut_contexts"] == 2
 
 
 def test_results_of_other_questions_stay(evaluate, tmp_path: Path) -> None:
-    for more in (
-        "choices=questions.jsonl",
-        "choices=questions.jsonl delimiter=_",
-        "choices=questions.jsonl",
-        "eval_steps=1",
-        "eval_steps=2",
-    ):
-        evaluate("run=llama", *more.split(), to=tmp_path / "kept")
+    """And those of other samples; the same ones again take their own place."""
+    for delimiter, steps in (("_", 1), ("-", 2), ("_", 1)):
+        more = ("data=own", f"eval_steps={steps}", "choices=questions.jsonl", f"delimiter={delimiter}")
+        evaluate("run=llama", *more, to=tmp_path / "kept")
     names = [path.name for path in (tmp_path / "kept/step-00000001").glob("*.json")]
     assert sorted(name.rpartition("-")[0] for name in names) == ["jsonl"] * 2 + ["questions"] * 2
 
