@@ -86,9 +86,8 @@ class Encoding:
             part = questions[first : first + _QUESTIONS_AT_ONCE]
             for question, number, row, count in self._encoded(file, part):
                 if count == 0:
-                    raise bad_line(
-                        file, question.line, f"has a choice, number {number}, that adds no token to its context", "give it a text"
-                    )
+                    rule = f"has a choice, number {number}, that joins its context's last word, so that no token is its own"
+                    raise bad_line(file, question.line, rule, "begin it with a blank, or use delimiter=' '")
                 kept = self._fitting(file, question, number, row, count)
                 cut += len(kept) < len(row)
                 rows.append(kept)
