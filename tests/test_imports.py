@@ -65,10 +65,13 @@ ALLOWED: dict[str, set[str]] = {
         "stop",
         "train",
         "check",
+        "doctor",
         "generate",
     },
     "launch": {"checkpoint", "config", "data", "failures", "job", "plan", "ranks", "stop"},
     "verdict": set(),
+    "doctor": {"config", "mesh", "tensor_parallel", "model", "plan"},
+    "consult": {"config", "doctor", "failures", "files", "job", "launch"},
     "prove": {"checkpoint", "config", "data", "failures", "files", "job", "launch", "verdict"},
     "answer": {"checkpoint", "config", "data", "failures", "generate_config", "job", "launch"},
     "examine": {
@@ -92,6 +95,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         "answer",
         "config",
+        "consult",
         "eval_config",
         "examine",
         "export",
@@ -177,7 +181,19 @@ def test_the_parser_sees_imports() -> None:
 
 
 BEFORE_RANKS = {"config", "generate_config", "files", "data", "job", "failures", "refusal", "launch", "ranks", "answer", "plan", "cli"}
-BEFORE_RANKS |= {"export", "export_config", "lifeline", "monitor", "plot", "plot_config", "prove", "survey"}
+BEFORE_RANKS |= {
+    "consult",
+    "last_words",
+    "roll_call",
+    "export",
+    "export_config",
+    "lifeline",
+    "monitor",
+    "plot",
+    "plot_config",
+    "prove",
+    "survey",
+}
 
 
 def test_no_torch_before_the_ranks_start() -> None:
@@ -185,6 +201,7 @@ def test_no_torch_before_the_ranks_start() -> None:
     schedules = {path for path in (PACKAGE / "pipeline").glob("*.py") if path.stem not in ("engine", "transfer", "clock")}
     assert not any("mesh" in imported_rooms(path) for path in schedules), "which needs torch"
     plain = [PACKAGE / "checkpoint" / "folder.py"]
+    plain += [PACKAGE / "doctor" / f"{name}.py" for name in ("judge", "needs", "record", "show", "units", "versions")]
     plain += [path for path in (PACKAGE / "checkpoint" / "hugging_face").glob("*.py") if path.stem != "weights"]
     paths = [path for path in MODULES if room_of(path) in BEFORE_RANKS] + plain
     for path in [*paths, *schedules, PACKAGE / "model" / "flops.py"]:
