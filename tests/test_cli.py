@@ -188,7 +188,7 @@ try:
 finally:
     print(json.dumps([name for name in {heavy} if name in sys.modules]), file=sys.stderr)
 """
-    other_verbs = ["generate", "--cfg", "job"], ["plot", "--help"], ["export", "--help"]
+    other_verbs = ["generate", "--cfg", "job"], ["plot", "--help"], ["export", "--help"], ["eval", "--cfg", "job"]
     for arguments in (["--cfg", "job", "model=gpt_1b", "parallel=tp4_pp2"], ["--help"], ["parallel.tp=3"], *other_verbs):
         done = subprocess.run(
             [sys.executable, "-c", script, json.dumps(arguments)], cwd=tmp_path, env=environment(), capture_output=True, text=True

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tptrain.config import Config, ConfigError, refuse, resolve
+from tptrain.eval_config import EvalConfig
 from tptrain.export_config import ExportConfig
 from tptrain.generate_config import GenerateConfig
+from tptrain.own_data import filled_in
 from tptrain.plot_config import PlotConfig
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class Verb:
     texts: Mapping[str, str] = field(default_factory=dict)
     """Words whose value on the command line is text as it stands, though Hydra would read more into some characters or into the
     word, and the keys that they set."""
+    fill_in: Callable[[list[str]], list[str]] = list
+    """From the overrides to these and what follows from them, before Hydra composes."""
     keeps: bool = True
     """Whether it has a run folder; only then may `-m` start it several times."""
 
@@ -86,6 +90,17 @@ def generate(cfg: DictConfig, run_dir: Path) -> None:
     from tptrain import answer
 
     answer.generate(typed_as(GenerateConfig, cfg))
+
+
+def evaluate(cfg: DictConfig, run_dir: Path) -> None:
+    """Measure a run's model: loss, perplexity, accuracy on multiple-choice files: `run=FOLDER`."""
+    from tptrain import launch
+
+    if launch.given_place() is not None:
+        raise ConfigError("tptrain eval starts its own processes, but this is one of a launcher's: run it without torchrun")
+    from tptrain.examine.verb import examine
+
+    examine(typed_as(EvalConfig, cfg))
 
 
 def export(cfg: DictConfig, run_dir: Path) -> None:
@@ -134,6 +149,7 @@ def plot(cfg: DictConfig, run_dir: Path) -> None:
     draw(typed_as(PlotConfig, cfg))
 
 
+_EVAL_TEXTS = {"run": "run", "to": "to", "choices": "choices", "delimiter": "delimiter", "checkpoint": "checkpoint.load"}
 VERBS = {
     "train": Verb(train),
     "check": Verb(check),
@@ -141,6 +157,7 @@ VERBS = {
     "doctor": Verb(doctor),
     "generate": Verb(generate, "generate", GenerateConfig, {"prompt": "prompt", "checkpoint": "checkpoint.load"}, keeps=False),
     "export": Verb(export, "export", ExportConfig, {"run": "run", "to": "to", "checkpoint": "checkpoint.load"}, keeps=False),
+    "eval": Verb(evaluate, "eval", EvalConfig, _EVAL_TEXTS, filled_in, keeps=False),
     "plan": Verb(plan, keeps=False),
     "plot": Verb(plot, "plot", PlotConfig, {"run": "run", "to": "to"}, keeps=False),
 }
@@ -181,7 +198,7 @@ def _run(arguments: list[str]) -> int:
     flags, overrides = _split(arguments)
     if not verb.keeps and _is_sweep(flags, overrides):
         raise ConfigError("-m starts one job after another, but this verb has no run folders to keep them in: leave -m out")
-    overrides = [_as_text(override, verb.texts) for override in overrides]
+    overrides = [_as_text(override, verb.texts) for override in verb.fill_in(overrides)]
     if place is not None:
         _check_single_run(flags, overrides, place)
     if not verb.keeps or (place is not None and place.rank > 0):
@@ -209,7 +226,7 @@ def compose(overrides: list[str], verb: str = "train") -> Any:
 
     _store_schemas()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra_compose(VERBS[verb].config, [_as_text(override, VERBS[verb].texts) for override in overrides])
+        cfg = hydra_compose(VERBS[verb].config, [_as_text(override, VERBS[verb].texts) for override in VERBS[verb].fill_in(overrides)])
         return typed_as(VERBS[verb].schema, cfg)
 
 
@@ -332,6 +349,7 @@ def _store_schemas() -> None:
 
     ConfigStore.instance().store(name="schema", node=schema())
     ConfigStore.instance().store(name="generate_schema", node=schema(GenerateConfig))
+    ConfigStore.instance().store(name="eval_schema", node=schema(EvalConfig))
     ConfigStore.instance().store(name="export_schema", node=schema(ExportConfig))
     ConfigStore.instance().store(name="plot_schema", node=schema(PlotConfig))
 
@@ -382,9 +400,10 @@ def _check_keys(values: Any, kind: Any, prefix: str = "", schema: Any = None) ->
     """Refuse keys that the schema has not: `+key=value` adds one, and OmegaConf would drop it in silence."""
     from typing import get_type_hints
 
+    from tptrain.job import group_of
     from tptrain.refusal import unknown_key
 
-    hints = get_type_hints(kind)
+    hints = {key: group_of(hint) for key, hint in get_type_hints(kind).items()}
     for key, value in values.items():
         if key not in hints:
             raise unknown_key(prefix + key, value, schema or kind)

@@ -89,7 +89,13 @@ def keys(kind: Any = Config, prefix: str = "") -> dict[str, Any]:
     """Every key of the schema, dotted, with its type: groups and values."""
     found: dict[str, Any] = {}
     for key, hint in typing.get_type_hints(kind).items():
-        found[prefix + key] = hint
-        if dataclasses.is_dataclass(hint):
-            found |= keys(hint, f"{prefix}{key}.")
+        found[prefix + key] = group = group_of(hint)
+        if dataclasses.is_dataclass(group):
+            found |= keys(group, f"{prefix}{key}.")
     return found
+
+
+def group_of(hint: Any) -> Any:
+    """A type of the schema; of a group that may be null the group's."""
+    kinds = typing.get_args(hint)
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), hint) if type(None) in kinds else hint

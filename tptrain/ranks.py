@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 from tptrain import failures, last_words, lifeline, roll_call
 from tptrain.config import Config, ConfigError
+from tptrain.eval_config import EvalConfig
 from tptrain.generate_config import GenerateConfig
 from tptrain.host_memory import keep_freed_memory
 from tptrain.job import ALONE, Job, Place
@@ -71,6 +72,13 @@ def _generate(job: Job) -> dict[str, float]:
     return generate(job.config)
 
 
+def _evaluate(job: Job) -> dict[str, Any]:
+    """Losses and likelihoods of a trained model."""
+    from tptrain.evaluate import evaluate
+
+    return evaluate(job.config, job.run_dir, job.store_dir)
+
+
 def _doctor(job: Job) -> dict[str, Any] | None:
     """What there is to say about the machines of the ranks."""
     from tptrain.doctor.examine import examine
@@ -104,6 +112,7 @@ WORKS = {
     "check-layout": Work(_check_layout),
     "doctor": Work(_doctor, before=_same_versions),
     "generate": Work(_generate, GenerateConfig),
+    "eval": Work(_evaluate, EvalConfig),
 }
 """By the name that travels to the ranks."""
 
