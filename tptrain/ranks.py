@@ -1,7 +1,7 @@
 """What one rank does around its work: log, threads, process group, the work, leave.
 
     started by us     python -m tptrain.launch WORK RUN_DIR STORE_DIR PARENT     `spawned`
-    by torchrun       torchrun -m tptrain ...                                    `joined`
+    by a launcher     torchrun -m tptrain ..., srun tptrain ...                  `joined`
     the only one      inside the command's own process                           `inline`
 
 In all three, the work (a name in `WORKS`: train, ...) finds a default process group, this rank's log in `logs/rank-N.log`,
@@ -107,7 +107,7 @@ def inline(job: Job) -> Any:
 
 
 def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish) -> Any:
-    """Work as one of torchrun's ranks. prepare: makes the job; rank 0 calls it, and the others take the job from rank 0. wish: tells this
+    """Work as one of a launcher's ranks. prepare: makes the job; rank 0 calls it, and the others take the job from rank 0. wish: tells this
     rank to stop.
 
     Raises JobFailed once this rank's failure is recorded and told, Stopped once all ranks have stopped, and what `prepare` raises.
@@ -121,7 +121,9 @@ def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish)
         job = dataclasses.replace(_from_rank_0(job), wish=wish)
         run_dir = job.run_dir
         _keep_log(run_dir, place.rank)
-        return WORKS[job.work].run(job)
+        value = WORKS[job.work].run(job)
+        _agree()
+        return value
     except Stopped:
         if wish.listening:
             _wait_for_all()  # torchrun ends the others as soon as one has left with an exit code that is not 0
@@ -242,6 +244,14 @@ def _wait_for_all() -> None:
             dist.broadcast_object_list([None], src=rank, device=torch.device("cpu"))
 
 
+def _agree() -> None:
+    """Return once all ranks have come to the end: none succeeds alone. Raises RuntimeError where one is gone."""
+    import torch
+    import torch.distributed as dist
+
+    dist.all_reduce(torch.zeros(1))
+
+
 def write_status(run_dir: Path, state: str, error: str | None = None) -> None:
     """Set the run's state and error; the last known step stays."""
     from tptrain.monitor.status import write_status as write
@@ -290,7 +300,7 @@ def _join_group(config: Config, place: Place, store: Any = None) -> None:
     keep_freed_memory()
     on_gpu = config.hardware.device == "cuda"
     if on_gpu:
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(0 if place.own_gpu else place.local_rank)
     timeout = timedelta(seconds=config.launch.timeout_seconds)
     if place == ALONE:
         store = dist.HashStore()
