@@ -75,6 +75,7 @@ def test_two_ranks_train_and_leave_logs_and_config(run_dir: Path):
     assert "rank 0 of 2, 3 threads, OMP 3" in outcome.out
     assert "rank 1" not in outcome.out
     assert "rank 1 of 2, 3 threads, OMP 3" in _log(run_dir, 1)
+    assert f"flights in {run_dir}/logs/flight-nccl-" in _log(run_dir, 1), "where NCCL's recorder is to write; it has no GPU here"
     assert (run_dir / "logs" / "rank-0.log").exists()
     assert _status(run_dir) == {"state": "done", "step": 10, "error": None}
     config = Job.load("train", run_dir, run_dir).config
@@ -86,6 +87,7 @@ def test_torchrun_ranks_share_one_run_folder(run_dir: Path):
     assert outcome.code == 0
     assert "rank 0 of 2" in outcome.out
     assert "rank 1 of 2" in _log(run_dir, 1)
+    assert f"flights in {run_dir}/logs/flight-nccl-" in _log(run_dir, 1)
     assert _status(run_dir)["state"] == "done"
     assert sorted(path.name for path in run_dir.parent.iterdir()) == ["outputs", "run"]
     assert [path.name for path in (run_dir.parent / "outputs").iterdir()] == ["token_stores"]

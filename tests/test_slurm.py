@@ -256,8 +256,8 @@ def test_a_signal_saves_and_the_job_goes_on_by_itself(one_process: list[dict], t
     signalled, preempted = tmp_path / "it's 100%j odd", tmp_path / "preempted"
     layout = ("parallel=tp2", "slurm.nodes=2", "slurm.tasks_per_node=1")
     jobs = {
-        signalled: _submit(signalled, *layout, "wandb=offline", SLOW="1"),
-        preempted: _submit(preempted, *layout, "slurm.partition=low", SLOW="1"),
+        signalled: _submit(signalled, *layout, "wandb=offline", SLOW="odd"),
+        preempted: _submit(preempted, *layout, "slurm.partition=low", SLOW="preempted"),
     }
     wait_until(lambda: all((_status(run_dir).get("step") or 0) >= 3 for run_dir in jobs), SECONDS)
     first_id = (signalled / "wandb_id").read_text()
@@ -281,8 +281,8 @@ def test_a_signal_saves_and_the_job_goes_on_by_itself(one_process: list[dict], t
 def test_a_failed_task_ends_the_job_with_its_cause(tmp_path: Path) -> None:
     """The first and another, by our script; and without srun's -K, by which our script has SLURM end the others."""
     layout = ("parallel=tp2", "slurm.nodes=2", "slurm.tasks_per_node=1", "train.max_steps=1000", "launch.timeout_seconds=600")
-    jobs = {tmp_path / f"raise{task}": _submit(tmp_path / f"raise{task}", *layout, RAISE=str(task)) for task in (0, 1)}
-    outcome = _srun(tmp_path, 2, *TRAINING, "parallel=tp2", "hydra.run.dir=plain", "launch.timeout_seconds=600", RAISE="1")
+    jobs = {tmp_path / f"raise{task}": _submit(tmp_path / f"raise{task}", *layout, RAISE=f"{task} {task}") for task in (0, 1)}
+    outcome = _srun(tmp_path, 2, *TRAINING, "parallel=tp2", "hydra.run.dir=plain", "launch.timeout_seconds=600", RAISE="1 plain")
     assert outcome.code == 1
     assert "rank 1 failed:\nTraceback" in outcome.err
     assert _status(tmp_path / "plain") == {**_status(tmp_path / "plain"), "state": "failed", "error": "rank 1: RuntimeError: planted"}
@@ -297,7 +297,7 @@ def test_a_failed_task_ends_the_job_with_its_cause(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("cluster")
 def test_a_cancelled_job_does_not_come_back(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    job = _submit(run_dir, "parallel=tp2", "slurm.nodes=2", "slurm.tasks_per_node=1", "train.max_steps=1000", SLOW="1")
+    job = _submit(run_dir, "parallel=tp2", "slurm.nodes=2", "slurm.tasks_per_node=1", "train.max_steps=1000", SLOW="run")
     wait_until(lambda: (_status(run_dir).get("step") or 0) >= 3, SECONDS)
     subprocess.run(["scancel", job], check=True)
     _wait_for_state(job, "CANCELLED")
@@ -306,14 +306,18 @@ def test_a_cancelled_job_does_not_come_back(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_a_sweep_by_submitit(tmp_path: Path) -> None:
-    """Three jobs of two tasks each train, and a fourth, whose second task fails, fails by itself."""
+    """Three jobs of two tasks each train, the first of them in two starts; a fourth, whose second task fails, fails by itself."""
+    sweep = tmp_path / "sweep"
     process = start(
         tmp_path, "-m", "hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=2", "hydra.sweep.dir=sweep", *TRAINING,
-        "parallel=tp2", "optimizer.lr=1e-3,2e-3,3e-3,4e-3", PYTHONPATH=PYTHONPATH, RAISE="1", WHERE="/3",
+        "parallel=tp2", "optimizer.lr=1e-3,2e-3,3e-3,4e-3", PYTHONPATH=PYTHONPATH, RAISE="1 /3", SLOW="/0",
     )  # fmt: skip
+    wait_until(lambda: (_status(sweep / "0").get("step") or 0) >= 3, SECONDS)
+    (first,) = (path.name for path in (sweep / ".submitit").glob("*_0"))
+    subprocess.run(["scancel", "--signal=USR2", first], check=True)
     outcome = finish(process, SECONDS)
     assert outcome.code == 1, outcome.err
-    folders = [tmp_path / "sweep" / str(job) for job in range(4)]
+    folders = [sweep / str(job) for job in range(4)]
     assert [_status(folder)["state"] for folder in folders] == ["done", "done", "done", "failed"]
     assert "planted" in _status(folders[3])["error"]
     assert [record["step"] for record in read_metrics(folders[0]) if "loss" in record] == list(range(1, STEPS + 1))
@@ -321,3 +325,6 @@ def test_a_sweep_by_submitit(tmp_path: Path) -> None:
     assert len({*losses}) == 3, "each with its own learning rate"
     for folder in folders:
         assert sorted(path.name for path in folder.glob("logs/*.log")) == ["rank-0.log", "rank-1.log"]
+    told = "".join(path.read_text() for path in (sweep / ".submitit" / first).glob("*_0_log.out"))
+    assert "this job is preempted" in told or "this job is timed-out" in told
+    assert (folders[0] / "checkpoints/latest").exists()

@@ -247,6 +247,17 @@ class CheckConfig:
 
 
 @dataclass
+class DoctorConfig:
+    """From where on `tptrain doctor` calls something slow."""
+
+    slow_rank: float = 0.3
+    """How far a rank's matrix products may stay below the median of the other ranks', as a share of it; on the CPU
+    also how far the time for which it had its cores may stay below its even share of them."""
+    slow_link: float = 0.5
+    """How far a link's bandwidth may stay below the median of the other links of its kind, as a share of it."""
+
+
+@dataclass
 class Config:
     """Everything one run is made of."""
 
@@ -262,6 +273,7 @@ class Config:
     hardware: HardwareConfig
     launch: LaunchConfig
     check: CheckConfig
+    doctor: DoctorConfig = field(default_factory=DoctorConfig)
 
     @property
     def batch_size(self) -> int:
@@ -437,10 +449,13 @@ _AT_LEAST: dict[str, float] = {
     "check.steps": 1, "check.processes": 1,
 }  # fmt: skip
 
-_ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "optimizer.eps", "launch.timeout_seconds", "launch.stop_seconds")
+_ABOVE_ZERO = (
+    "model.norm_eps", "model.rope_theta", "optimizer.eps", "launch.timeout_seconds", "launch.stop_seconds",
+    "doctor.slow_rank", "doctor.slow_link",
+)  # fmt: skip
 _ABOVE_ZERO_OR_NULL = ("optimizer.grad_clip", "hardware.peak_flops_per_second", "train.max_minutes")
 _AT_MOST_ONE = ("lr_schedule.min_lr_ratio",)
-_BELOW_ONE = ("optimizer.momentum", "model.dropout", "train.label_smoothing")
+_BELOW_ONE = ("optimizer.momentum", "model.dropout", "train.label_smoothing", "doctor.slow_rank", "doctor.slow_link")
 _INT_OR_AUTO = ("parallel.dp", "parallel.stages_per_rank", "launch.threads_per_rank")
 _STAGES_PER_RANK: dict[str, int | None] = {"gpipe": None, "1f1b": 1, "interleaved": None, "zb_h1": 1, "zb_v": 2}
 """For each schedule that has a name, the stages that a rank must hold; None: any number."""

@@ -48,7 +48,8 @@ class Failure:
     time: float
     """Seconds since the epoch."""
     kind: str
-    """error: its own; refused: a ConfigError; lost_peer: it lost another rank; killed: by a signal; exit: left without a word."""
+    """error: its own; refused: a ConfigError; diverged: losses or gradients that are no numbers; lost_peer: it lost another rank;
+    killed: by a signal; exit: left without a word."""
     error: str
     """One line."""
     traceback: str = ""
@@ -58,7 +59,11 @@ class Failure:
 
 
 class JobFailed(RuntimeError):
-    """The job failed, and the terminal has been told why. The message is the cause in one line."""
+    """The job failed, and the terminal has been told why. The message is the cause in one line. kind: as of `Failure`."""
+
+    def __init__(self, message: str, kind: str = "error") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def log_path(run_dir: Path, rank: int) -> Path:
@@ -73,9 +78,11 @@ def one_line(error: BaseException) -> str:
 
 
 def kind_of(error: BaseException) -> str:
-    """`refused`, `lost_peer` where the error or one that it grew from is of the connection to another rank, else `error`."""
+    """`refused`, `diverged`, `lost_peer` where the error or one that it grew from is of the connection to another rank, else `error`."""
     if isinstance(error, ConfigError):
         return "refused"
+    if isinstance(error, FloatingPointError):
+        return "diverged"
     for link in _chain(error):
         is_runtime = isinstance(link, (RuntimeError, OSError))
         if type(link).__name__ in _LOST_PEER_TYPES or (is_runtime and _LOST_PEER_TEXT.search(str(link))):

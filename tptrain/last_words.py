@@ -38,14 +38,11 @@ def say(run_dir: Path, rank: int, error: Exception) -> tuple[Failure, Sequence[i
 
 
 def _keep_communications(run_dir: Path, rank: int) -> None:
-    """Write what torch's flight recorder knows of this rank's last communications, as JSON: `logs/flight-gloo-N.json`.
+    """Write what torch's flight recorder knows of this rank's last communications over gloo, as JSON: `logs/flight-gloo-N.json`.
 
-    The recorder is no public part of torch, and may be missing. NCCL's own time limit ends the process and leaves its own file.
+    NCCL's own time limit ends the process, and leaves a file of its own (`launch.py`).
     """
     import torch._C._distributed_c10d as c10d
 
-    for backend, function in (("gloo", "_dump_fr_trace_json"), ("nccl", "_dump_nccl_trace_json")):
-        with contextlib.suppress(Exception):
-            trace: bytes | str = getattr(c10d, function)()
-            path = run_dir / "logs" / f"{failures.FLIGHT}{backend}-{rank}.json"
-            path.write_bytes(trace if isinstance(trace, bytes) else trace.encode())
+    with contextlib.suppress(Exception):  # no public part of torch
+        (run_dir / "logs" / f"{failures.FLIGHT}gloo-{rank}.json").write_bytes(c10d._dump_fr_trace_json())  # type: ignore[attr-defined]

@@ -34,9 +34,8 @@ def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
         tasks = int(environ.get("SUBMITIT_LOCAL_NTASKS", "1"))
         if tasks == 1:
             return {}
-        rank, local_rank = environ["SUBMITIT_LOCAL_GLOBALID"], environ["SUBMITIT_LOCAL_LOCALID"]
-        port = _port(int(environ["SUBMITIT_LOCAL_JOB_ID"]), 0)
-        return _variables(int(rank), tasks, int(local_rank), tasks, "127.0.0.1", port)
+        rank, local_rank, job = (int(environ[f"SUBMITIT_LOCAL_{name}"]) for name in ("GLOBALID", "LOCALID", "JOB_ID"))
+        return _variables(rank, tasks, local_rank, tasks, "127.0.0.1", _port(job, 0))
     if "SLURM_STEP_ID" not in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return {}
     tasks, rank, local_rank, node = (int(environ[f"SLURM_{name}"]) for name in ("STEP_NUM_TASKS", "PROCID", "LOCALID", "NODEID"))

@@ -92,6 +92,15 @@ CONF
 
 nodes_up() { [ "$(sinfo -h -N -p main -o '%t' 2>/dev/null | grep -cE '^(idle|mix|alloc)$')" = "$NODES" ]; }
 no_jobs() { [ -z "$(squeue -h)" ]; }
+end_jobs() { # processes of jobs that outlived them: they have the cluster's SLURM_CONF in their environment, and a job's number
+  local folder
+  for folder in /proc/[0-9]*; do
+    if tr '\0' '\n' 2>/dev/null <"$folder/environ" | grep -qx "SLURM_CONF=$SLURM_CONF" &&
+      { tr '\0' '\n' 2>/dev/null <"$folder/environ" | grep -q '^SLURM_JOB_ID=' || [ "$(cat "$folder/comm" 2>/dev/null)" = slurmstepd ]; }; then
+      kill -KILL "${folder#/proc/}" 2>/dev/null || true
+    fi
+  done
+}
 forget_hosts() { # in place, as /etc/hosts may be a mount
   grep -q "# $NAME" /etc/hosts || return 0
   local kept; kept=$(grep -v "# $NAME" /etc/hosts); printf '%s\n' "$kept" >/etc/hosts
@@ -125,6 +134,7 @@ stop() {
     within $((KILL_WAIT + 60)) no_jobs || log "jobs that did not end: $(squeue -h)"
   fi
   for ((i = 1; i <= NODES; i++)); do end "$NAME$i" "slurmd.*-N $NAME$i"; done
+  end_jobs
   end slurmctld slurmctld
   end munged munged
   forget_hosts

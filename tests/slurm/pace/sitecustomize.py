@@ -1,16 +1,14 @@
 """Python imports this file at its start when its folder is on PYTHONPATH, in a SLURM task of tptrain's: something happens at step 3.
 
-SLOW=1: until the job has been queued again once, each step from there on takes half a second more. RAISE=N: task N fails, and KILL=N: it is
-killed, in a run whose folder ends in WHERE, if that is given.
+SLOW=FOLDER: until the job has been queued again once, each step from there on takes half a second more, where the run folder ends so.
+RAISE=N FOLDER: task N fails there.
 """
 
 import os
-import signal
 import sys
 import time
 
 STEP = 3
-task = os.environ.get("SLURM_PROCID", "")
 
 
 def plant():
@@ -18,21 +16,20 @@ def plant():
     from tptrain.trainer import Trainer
 
     real_update, real_train = Trainer.update, tptrain.train.train
-    here = False
+    slow, fails = os.environ.get("SLOW"), os.environ.get("RAISE", " ").split(" ")
+    folder = ""
 
     def train(config, run_dir, *rest):
-        nonlocal here
-        here = str(run_dir).endswith(os.environ.get("WHERE", ""))
+        nonlocal folder
+        folder = str(run_dir)
         return real_train(config, run_dir, *rest)
 
     def update(trainer, *rest):
-        if here and trainer.steps_done >= STEP:
-            if os.environ.get("SLOW") and "SLURM_RESTART_COUNT" not in os.environ:
+        if trainer.steps_done >= STEP:
+            if slow and folder.endswith(slow) and "SLURM_RESTART_COUNT" not in os.environ:
                 time.sleep(0.5)
-            if os.environ.get("RAISE") == task:
+            if fails[0] == os.environ["SLURM_PROCID"] and folder.endswith(fails[1]):
                 raise RuntimeError("planted")
-            if os.environ.get("KILL") == task:
-                os.kill(os.getpid(), signal.SIGKILL)
         return real_update(trainer, *rest)
 
     Trainer.update, tptrain.train.train = update, train
