@@ -283,7 +283,7 @@ def _check_single_run(flags: list[str], overrides: list[str], place: Place) -> N
     if _is_sweep(flags, overrides):
         raise ConfigError(
             f"-m starts one job after another, but this is rank {place.rank} of {place.world_size} that a launcher started for one run: "
-            f"use tptrain -m {' '.join(overrides)}, without it"
+            f"use tptrain -m {' '.join(overrides)}, without torchrun or srun"
         )
 
 

@@ -61,7 +61,7 @@ def as_override(key: str, text: str) -> str:
     """An override by which Hydra sets `key` to that text, whatever is in it.
 
     >>> print(as_override("prompt", "def f('a'"))
-    prompt='def f(\\'a\''
+    prompt='def f(\\'a\\''
     """
     from hydra.core.override_parser.types import Quote, QuotedString
 

@@ -229,9 +229,8 @@ def given_place() -> Place | None:
             rank = os.environ["RANK"]
             raise ConfigError(f"RANK={rank} is set, but {name}={text or ''} is no number: start with torchrun, or unset RANK")
         values.append(int(text))
-    rank, world_size, local_rank, local_world_size = values
     own_gpu = _scheduled() and scheduler.has_own_gpu(os.environ)
-    return Place(rank, world_size, local_rank, local_world_size, own_gpu)
+    return Place(values[0], values[1], values[2], values[3], own_gpu)
 
 
 def _chosen_master() -> dict[str, str]:

@@ -268,7 +268,7 @@ def _agree() -> None:
     import torch
     import torch.distributed as dist
 
-    dist.all_reduce(torch.zeros(1))
+    dist.all_reduce(torch.zeros(1), group=dist.group.WORLD)
 
 
 def write_status(run_dir: Path, state: str, error: str | None = None) -> None:
