@@ -141,11 +141,12 @@ def joined(work: str, config: Config, prepare: Callable[[], Job], place: Place, 
         _keep_log(run_dir, place.rank)
         begin(run_dir)
         value = WORKS[job.work].run(job)
-        _agree()
+        _wait_for_all()  # none succeeds alone
         return value
     except Stopped:
         if wish.listening:
-            _wait_for_all()  # torchrun ends the others as soon as one has left with an exit code that is not 0
+            with contextlib.suppress(RuntimeError):  # torchrun ends the others as soon as one has left with an exit code that is not 0
+                _wait_for_all()
         raise
     except Exception as error:
         if run_dir is None or (isinstance(error, ConfigError) and not _has_group()):  # every rank refuses, and the first says so
@@ -254,21 +255,12 @@ def _write_failed(run_dir: Path, rank: int) -> failures.Failure | None:
 
 
 def _wait_for_all() -> None:
-    """Return once all ranks are here, or one of them is gone."""
+    """Return once all ranks are here. Raises RuntimeError where one of them is gone."""
     import torch
     import torch.distributed as dist
 
-    with contextlib.suppress(RuntimeError):
-        for rank in range(dist.get_world_size()):
-            dist.broadcast_object_list([None], src=rank, device=torch.device("cpu"))
-
-
-def _agree() -> None:
-    """Return once all ranks have come to the end: none succeeds alone. Raises RuntimeError where one is gone."""
-    import torch
-    import torch.distributed as dist
-
-    dist.all_reduce(torch.zeros(1), group=dist.group.WORLD)
+    for rank in range(dist.get_world_size()):
+        dist.broadcast_object_list([None], src=rank, device=torch.device("cpu"))
 
 
 def write_status(run_dir: Path, state: str, error: str | None = None) -> None:
