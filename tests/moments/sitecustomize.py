@@ -1,8 +1,8 @@
 """Python imports this file at its start when its folder is on PYTHONPATH: at MOMENT of a training something happens to it, once.
 
-MOMENT is one of forward, backward, optimizer, save, evaluation, sampling, preparation, loading; with the real trainer, in rank 0 and its
-fourth step. ACT is a signal's name, which goes to the command and, with EVERYBODY=1, to all its ranks, three times; or kill and raise,
-which happen to RANK itself. MARK is a file that says that it happened; where its folder is missing, it happens each time.
+MOMENT is one of forward, backward, optimizer, save, evaluation, sampling, preparation: the first one of this start, with the real trainer.
+ACT is a signal's name, which goes to the command (`SIGTERM 3`: three times to it and to all its ranks, `SIGTERM again`: once more, when the
+first is known), or `kill`, which happens to the rank itself. It happens in RANK=WHERE. MARK is a file that says that it has happened.
 """
 
 import os
@@ -11,25 +11,34 @@ import sys
 import time
 from pathlib import Path
 
-MOMENT, ACT, MARK = (os.environ.get(name, "") for name in ("MOMENT", "ACT", "MARK"))
-STEP, PATIENCE_SECONDS = 3, 60
+MOMENT, MARK, WHERE = (os.environ.get(name, "") for name in ("MOMENT", "MARK", "WHERE"))
+ACT, _, HOW = os.environ.get("ACT", "").partition(" ")
 RANK = os.environ.get("RANK")
-IS_COMMAND = RANK is None
+LONG_SECONDS = 400
+trainers = []
 
 
 def act():
     if os.path.exists(MARK):
         return
-    if os.path.isdir(os.path.dirname(MARK)):
-        Path(MARK).touch()
-    if ACT == "raise":
-        raise RuntimeError("planted")
+    Path(MARK).touch()
     if ACT == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    command = os.getpid() if IS_COMMAND else os.getppid()
-    for _ in range(3 if os.environ.get("EVERYBODY") else 1):
-        for process in [command, *(children(command) if os.environ.get("EVERYBODY") else [])]:
+    command = os.getpid() if RANK is None else os.getppid()
+    for _ in range(3 if HOW == "3" else 1):
+        for process in [command, *(children(command) if HOW == "3" else [])]:
             os.kill(process, getattr(signal, ACT))
+    wait_for_signal()
+    if HOW == "again":
+        time.sleep(0.5)
+        os.kill(command, getattr(signal, ACT))
+        time.sleep(LONG_SECONDS)
+
+
+def wait_for_signal():
+    """Until this rank knows of the signal, so that the step in which it comes is always the same."""
+    while trainers and not trainers[0].asked():
+        time.sleep(0.01)
 
 
 def children(process):
@@ -37,57 +46,55 @@ def children(process):
     return [int(word) for word in found.read_text().split()]
 
 
-def before(owner, name, when=lambda *arguments: True, then=lambda: None):
-    """Act before the function is called, if it is the moment."""
+def before(owner, name, do=act, when=lambda *arguments: True):
+    """Do something before the function is called."""
     real = getattr(owner, name)
 
     def wrapped(*arguments, **named):
         if when(*arguments):
-            act()
-            then()
+            do()
         return real(*arguments, **named)
 
     setattr(owner, name, wrapped)
+
+
+def prepare():
+    act()
+    time.sleep(LONG_SECONDS)
 
 
 def plant():
     if MOMENT == "preparation":
         import tptrain.data
 
-        before(tptrain.data, "prepare", then=lambda: time.sleep(PATIENCE_SECONDS))
+        before(tptrain.data, "prepare", do=prepare)
         return
-    import tptrain.train
+    from tptrain.checkpoint.writer import TileWriter
     from tptrain.trainer import Trainer
 
-    at_step = lambda trainer, *rest: trainer.steps_done == STEP  # noqa: E731
+    before(Trainer, "step", when=lambda trainer: trainers.append(trainer), do=None)
     if MOMENT == "forward":
-        before(Trainer, "_run_stage", at_step)
+        before(Trainer, "_run_stage", when=lambda trainer, stage, *_: stage.training)
     if MOMENT == "backward":
         real = Trainer._run_stage
 
-        def run_stage(trainer, *arguments):
-            output = real(trainer, *arguments)
-            if output.requires_grad and trainer.steps_done == STEP:
+        def run_stage(*arguments):
+            output = real(*arguments)
+            if output.requires_grad:
                 output.register_hook(lambda gradient: act())
             return output
 
         Trainer._run_stage = run_stage
-    if MOMENT == "optimizer":
-        hook = lambda trainer, totals: trainer.optimizer.register_step_pre_hook(lambda *_: act())  # noqa: E731
-        before(Trainer, "update", lambda *arguments: at_step(*arguments) and hook(*arguments) is None)
+    if MOMENT == "optimizer":  # in its step, not in the one that makes room for what is loaded
+        before(Trainer, "update", when=lambda trainer, totals: trainer.optimizer.register_step_pre_hook(lambda *_: act()) is None)
     if MOMENT == "save":
-        before(tptrain.train, "save_checkpoint", lambda trainer, *_: trainer.steps_done >= STEP)
+        before(TileWriter, "write_data")
+        before(Trainer, "step", do=wait_for_signal, when=lambda trainer: os.path.exists(MARK))  # it may be saved in the background
     if MOMENT == "evaluation":
-        before(Trainer, "_evaluate", lambda trainer, *_: trainer.steps_done >= STEP)
+        before(Trainer, "_evaluate")
     if MOMENT == "sampling":
         before(Trainer, "sample")
-    if MOMENT == "loading":
-        before(tptrain.train, "resume", then=lambda: time.sleep(PATIENCE_SECONDS))
 
 
-if MOMENT and "tptrain" in " ".join(sys.orig_argv):
-    alone = os.environ.get("ALONE") == "1"
-    where = os.environ.get("WHERE", "0")
-    in_command = alone or MOMENT == "preparation"
-    if (IS_COMMAND and in_command) or (where == RANK and not in_command):
-        plant()
+if MOMENT and "tptrain" in " ".join(sys.orig_argv) and str(RANK) == WHERE:
+    plant()
