@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.command import Outcome, finish, processes_of, start, wait_until
-from tests.ranks import run_ranks
+from tests.command import Outcome, command, processes_of, wait_until
+from tests.forked_command import MOMENTS, forked
 from tests.support import SMALL, small_config
 from tptrain import launch
 from tptrain.failures import JobFailed
@@ -21,57 +21,65 @@ from tptrain.job import Job
 from tptrain.monitor.metrics import read_metrics
 from tptrain.stop import Wish
 
-MOMENTS = str(Path(__file__).parent / "moments")
 STEPS = 10
 
 
 class Run:
     """One run folder, and the command that is started in it once and again."""
 
-    def __init__(self, folder: Path, layout: str, *more: str) -> None:
-        self.folder, self.run_dir = folder, folder / "run"
-        line = [*SMALL, f"parallel={layout}", f"train.max_steps={STEPS}", "train.eval_every=4", "train.eval_steps=2", "checkpoint.every=6"]
-        self.line = [*line, "launch.threads_per_rank=1", f"hydra.run.dir={self.run_dir}", *more]
-        self.rank_0 = "None" if layout == "single" else "0"  # it works inside the command
+    def __init__(self, folder: Path, layout: str, ranks: int, *more: str) -> None:
+        """ranks: of which somebody else has started each; 0: one process."""
+        self.folder, self.run_dir, self.ranks = folder, folder / "run", ranks
+        every = ["train.eval_every=4", "train.eval_steps=2", "checkpoint.every=6", "launch.threads_per_rank=1"]
+        line = [word for word in SMALL if not word.startswith(("data=", "data.num_sequences", "data.vocab_size")) or not more]
+        self.line = [*line, f"parallel={layout}", f"train.max_steps={STEPS}", *every, *more]
 
-    def start(self, moment: str = "", act: str = "", *more: str, where: str | None = None, torchrun: int = 0) -> Outcome:
-        """The command, with what should happen to it; no process of it is left."""
-        variables = {"MOMENT": moment, "ACT": act, "MARK": f"{self.run_dir}.{moment}.{act}", "WHERE": where or self.rank_0}
-        path = f"{MOMENTS}:{Path.cwd()}"
-        process = start(self.folder, *self.line, *more, torchrun=torchrun, PYTHONPATH=path, **variables)
-        outcome = finish(process)
+    def plan(self, moment: str, act: str, rank: str) -> str:
+        """What should happen, once: see `tests/moments`."""
+        return f"{moment} {act} {rank} {self.folder}/{moment}.{act}"
+
+    def start(self, *plans: str, more: tuple[str, ...] = (), at: str = "run") -> Outcome:
+        """The command, or the ranks, in processes that fork."""
+        outcome = forked(self.folder, *self.line, f"hydra.run.dir={at}", *more, ranks=self.ranks, PLANS=",".join(plans))
         wait_until(lambda: not processes_of(self.run_dir), seconds=60)
         return outcome
 
-    def stops(self, moment: str, act: str, step: int, by: str, *more: str) -> None:
-        """Start it; it is stopped, and saved after `step`."""
-        outcome = self.start(moment, act, *more)
-        assert (outcome.code, outcome.err) == (75, f"tptrain: stopped by {by} after step {step}, saved as step-{step:08d}\n")
-        self.is_saved(step)
+    def command(self, *plans: str, more: tuple[str, ...] = ()) -> Outcome:
+        """The command, which starts the ranks itself; no process of it is left."""
+        path = f"{MOMENTS}:{Path.cwd()}"
+        outcome = command(self.folder, *self.line, f"hydra.run.dir={self.run_dir}", *more, PYTHONPATH=path, PLANS=",".join(plans))
+        wait_until(lambda: not processes_of(self.run_dir), seconds=60)
+        return outcome
 
-    def is_saved(self, step: int) -> None:
+    def stops_in_every_part_of_a_step(self) -> None:
+        """A signal that comes when the ranks have already agreed on a step counts for the next."""
+        rank = "0" if self.ranks else "-"
+        for moment, name, step in [
+            ("backward", "SIGINT", 2),
+            ("optimizer", "SIGUSR1", 4),  # whose evaluation is put off
+            ("save", "SIGTERM", 7),  # while the checkpoint of step 6 is written
+            ("evaluation", "SIGTERM", 8),  # in that of step 8
+        ]:
+            self.is_saved(self.start(self.plan(moment, f"{name}xOWN", rank)), step, name)
+
+    def is_saved(self, outcome: Outcome, step: int, by: str) -> None:
+        assert (outcome.code, outcome.err) == (75, f"tptrain: stopped by {by} after step {step}, saved as step-{step:08d}\n")
         assert self.status == {"state": "stopped", "step": step, "error": None}
         assert (self.run_dir / "checkpoints/latest").read_text().strip() == f"step-{step:08d}"
+
+    def ends_before_the_first_step(self, outcome: Outcome) -> None:
+        assert (outcome.code, outcome.err) == (75, "tptrain: stopped by SIGTERM\n"), "at once: there is nothing to save"
+        assert self.status["state"] == "stopped"
+        assert not list(self.run_dir.glob("checkpoints/*"))
+
+    def is_what_an_unbroken_one_is(self) -> None:
+        assert self.status == {"state": "done", "step": STEPS, "error": None}
+        assert self.start(at="twin").code == 0
+        assert measured(self.run_dir) == measured(self.folder / "twin")
 
     @property
     def status(self) -> dict[str, Any]:
         return json.loads((self.run_dir / "status.json").read_text())
-
-
-def stop_before_the_first_step(run: Run) -> None:
-    outcome = run.start("preparation", "SIGTERM", where="None")
-    assert (outcome.code, outcome.err) == (75, "tptrain: stopped by SIGTERM\n"), "at once: there is nothing to save"
-    assert run.status["state"] == "stopped"
-    assert not list(run.run_dir.glob("checkpoints/*"))
-
-
-def stop_in_every_part_of_a_step(run: Run, done: int) -> None:
-    """After `done` steps. A signal that comes when the ranks have already agreed on a step counts for the next."""
-    run.stops("forward", "SIGTERM 3", done + 1, "SIGTERM")
-    run.stops("backward", "SIGINT", done + 2, "SIGINT")
-    run.stops("optimizer", "SIGUSR1", 4, "SIGUSR1")  # whose evaluation is put off
-    run.stops("save", "SIGTERM", 7, "SIGTERM")
-    run.stops("evaluation", "SIGTERM", 8, "SIGTERM")
 
 
 def measured(run_dir: Path) -> list[tuple[int, Any, Any, Any]]:
@@ -79,54 +87,33 @@ def measured(run_dir: Path) -> list[tuple[int, Any, Any, Any]]:
     return [(record["step"], record.get("loss"), record.get("grad_norm"), record.get("val_loss")) for record in read_metrics(run_dir)]
 
 
-def unbroken(run: Run) -> list[tuple[int, Any, Any, Any]]:
-    """What the run measures when nothing happens to it, in ranks that the command does not start."""
-    (store,) = (run.folder / "outputs/token_stores").glob("[!.]*-*")
-    job = Job.load("train", run.run_dir, store)
-    job.config.train.sample_tokens, job.config.train.max_minutes = 0, None
-    twin = run.folder / "twin"
-    run_ranks(job.config.processes, train, job, twin)
-    return measured(twin)
-
-
-def train(rank: int, job: Job, run_dir: Path) -> None:
-    from tptrain.train import train as train_here
-
-    train_here(job.config, run_dir, job.store_dir)
-
-
 def test_one_process_is_stopped_at_every_moment(tmp_path: Path) -> None:
     page = tmp_path / "page.txt"
     page.write_text("the cat sat on the mat. " * 500)
-    text = (f"data.path={page}", "model.vocab_size=257", "train.sample_tokens=400")
-    run = Run(tmp_path, "single", "data=text", *text)
-    run.line = [word for word in run.line if not word.startswith(("data=memorize", "data.num_sequences", "data.vocab_size"))]
-    stop_before_the_first_step(run)
-    run.stops("", "", 1, "train.max_minutes=1e-06", "train.max_minutes=1e-6")
-    stop_in_every_part_of_a_step(run, done=1)
-    outcome = run.start("sampling", "SIGTERM")
+    run = Run(tmp_path, "single", 0, "data=text", f"data.path={page}", "model.vocab_size=257", "train.sample_tokens=400")
+    run.ends_before_the_first_step(run.start(run.plan("preparation", "SIGTERM", "-")))
+    run.is_saved(run.start(more=("train.max_minutes=1e-6",)), 1, "train.max_minutes=1e-06")
+    run.stops_in_every_part_of_a_step()
+    run.is_saved(run.start(run.plan("forward", "SIGHUP", "-")), 9, "SIGHUP")
+    outcome = run.start(run.plan("sampling", "SIGTERM", "-"))
     assert outcome.code == 0, outcome.err
     assert "The model writes" not in outcome.out, "which is left out, and nothing is lost"
-    assert run.status == {"state": "done", "step": STEPS, "error": None}
-    assert measured(run.run_dir) == unbroken(run)
+    run.is_what_an_unbroken_one_is()
 
 
 def test_four_ranks_are_stopped_at_every_moment(tmp_path: Path) -> None:
-    run = Run(tmp_path, "tp2_pp2")
-    stop_before_the_first_step(run)
-    stop_in_every_part_of_a_step(run, done=0)
-    outcome = run.start("forward", "SIGTERM again")
-    assert (outcome.code, outcome.err) == (1, "")
-    assert run.status == {"state": "failed", "step": 8, "error": "ended by a second signal, SIGTERM"}
-    outcome = run.start("backward", "SIGTERM", torchrun=4)
-    assert outcome.code == 1, "torchrun's own"
-    run.is_saved(9)
-    outcome = run.start("forward", "kill", "train.max_restarts=2", "checkpoint.resume=auto", where="1")
-    assert outcome.code == 0, outcome.err
+    """The command starts them itself where it has to tell them of the signal, or to start them again."""
+    run = Run(tmp_path, "tp2_pp2", 4)
+    run.ends_before_the_first_step(run.command(run.plan("preparation", "SIGTERM", "-")))
+    run.is_saved(run.command(run.plan("forward", "SIGTERMxALL", "0")), 1, "SIGTERM")
+    outcome = run.command(run.plan("forward", "SIGKILL", "1"), run.plan("backward", "SIGTERMxTWO", "0"), more=("train.max_restarts=2",))
+    assert outcome.code == 1
     assert "rank 1 was killed by SIGKILL" in outcome.err
-    assert outcome.err.count("tptrain: restart") == outcome.err.count("tptrain: restart 1 of 2, from step-00000009") == 1
-    assert run.status == {"state": "done", "step": STEPS, "error": None}
-    assert measured(run.run_dir) == unbroken(run)
+    assert outcome.err.endswith("tptrain: restart 1 of 2, from step-00000001\n"), "and the second signal ends it without a word"
+    assert run.status == {"state": "failed", "step": 1, "error": "ended by a second signal, SIGTERM"}
+    run.stops_in_every_part_of_a_step()
+    assert run.start().code == 0
+    run.is_what_an_unbroken_one_is()
 
 
 # ---- starting the ranks again ------------------------------------------------------------------------------

@@ -1,8 +1,12 @@
-"""Python imports this file at its start when its folder is on PYTHONPATH: at MOMENT of a training something happens to it, once.
+"""Python imports this file at its start when its folder is on PYTHONPATH: something happens at a moment of a training, once.
 
-MOMENT is one of forward, backward, optimizer, save, evaluation, sampling, preparation: the first one of this start, with the real trainer.
-ACT is a signal's name, which goes to the command (`SIGTERM 3`: three times to it and to all its ranks, `SIGTERM again`: once more, when the
-first is known), or `kill`, which happens to the rank itself. It happens in RANK=WHERE. MARK is a file that says that it has happened.
+PLANS is `MOMENT ACT RANK MARK`, several, one after another, separated by commas.
+
+    MOMENT   forward, backward, optimizer, save, evaluation, sampling, preparation: the first of this process, with the real trainer
+    ACT      a signal's name: the command that started the ranks gets it; with xALL all its ranks do too, and three times; with xTWO
+             it comes once more when it has been heard; with xOWN only this rank gets it. Or SIGKILL, which ends this rank.
+    RANK     where it happens, - in the command
+    MARK     a file that says that it has happened; where it is there, the next plan is followed
 """
 
 import os
@@ -11,27 +15,24 @@ import sys
 import time
 from pathlib import Path
 
-MOMENT, MARK, WHERE = (os.environ.get(name, "") for name in ("MOMENT", "MARK", "WHERE"))
-ACT, _, HOW = os.environ.get("ACT", "").partition(" ")
-RANK = os.environ.get("RANK")
+RANK = os.environ.get("RANK", "-")
 LONG_SECONDS = 400
 trainers = []
 
 
-def act():
-    if os.path.exists(MARK):
+def act(name, how):
+    if how == "OWN" or name == "SIGKILL" or RANK == "-":
+        os.kill(os.getpid(), getattr(signal, name))
+        wait_for_signal()
         return
-    Path(MARK).touch()
-    if ACT == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    command = os.getpid() if RANK is None else os.getppid()
-    for _ in range(3 if HOW == "3" else 1):
-        for process in [command, *(children(command) if HOW == "3" else [])]:
-            os.kill(process, getattr(signal, ACT))
+    command = os.getppid()
+    for _ in range(3 if how == "ALL" else 1):
+        for process in [command, *(children(command) if how == "ALL" else [])]:
+            os.kill(process, getattr(signal, name))
     wait_for_signal()
-    if HOW == "again":
+    if how == "TWO":
         time.sleep(0.5)
-        os.kill(command, getattr(signal, ACT))
+        os.kill(command, getattr(signal, name))
         time.sleep(LONG_SECONDS)
 
 
@@ -46,7 +47,7 @@ def children(process):
     return [int(word) for word in found.read_text().split()]
 
 
-def before(owner, name, do=act, when=lambda *arguments: True):
+def before(owner, name, do, when=lambda *arguments: True):
     """Do something before the function is called."""
     real = getattr(owner, name)
 
@@ -58,43 +59,58 @@ def before(owner, name, do=act, when=lambda *arguments: True):
     setattr(owner, name, wrapped)
 
 
-def prepare():
-    act()
-    time.sleep(LONG_SECONDS)
-
-
-def plant():
-    if MOMENT == "preparation":
+def plant(moment, strike):
+    if moment == "preparation":
         import tptrain.data
 
-        before(tptrain.data, "prepare", do=prepare)
+        before(tptrain.data, "prepare", lambda: (strike(), time.sleep(LONG_SECONDS)))
         return
     from tptrain.checkpoint.writer import TileWriter
     from tptrain.trainer import Trainer
 
-    before(Trainer, "step", when=lambda trainer: trainers.append(trainer), do=None)
-    if MOMENT == "forward":
-        before(Trainer, "_run_stage", when=lambda trainer, stage, *_: stage.training)
-    if MOMENT == "backward":
+    before(Trainer, "step", None, when=lambda trainer: trainers.append(trainer))
+    if moment == "forward":
+        before(Trainer, "_run_stage", strike, when=lambda trainer, stage, *_: stage.training)
+    if moment == "backward":
         real = Trainer._run_stage
 
         def run_stage(*arguments):
             output = real(*arguments)
             if output.requires_grad:
-                output.register_hook(lambda gradient: act())
+                output.register_hook(lambda gradient: strike())
             return output
 
         Trainer._run_stage = run_stage
-    if MOMENT == "optimizer":  # in its step, not in the one that makes room for what is loaded
-        before(Trainer, "update", when=lambda trainer, totals: trainer.optimizer.register_step_pre_hook(lambda *_: act()) is None)
-    if MOMENT == "save":
-        before(TileWriter, "write_data")
-        before(Trainer, "step", do=wait_for_signal, when=lambda trainer: os.path.exists(MARK))  # it may be saved in the background
-    if MOMENT == "evaluation":
-        before(Trainer, "_evaluate")
-    if MOMENT == "sampling":
-        before(Trainer, "sample")
+    if moment == "optimizer":  # in its step, not in the one that makes room for what is loaded
+        before(Trainer, "update", None, when=lambda trainer, *_: trainer.optimizer.register_step_pre_hook(lambda *_: strike()) is None)
+    if moment == "save":
+        struck = []
+        before(TileWriter, "write_data", lambda: (struck.append(True), strike()))
+        before(Trainer, "step", wait_for_signal, when=lambda trainer: struck)  # it may be saved in the background
+    if moment == "evaluation":
+        before(Trainer, "_evaluate", strike)
+    if moment == "sampling":
+        before(Trainer, "sample", strike)
 
 
-if MOMENT and "tptrain" in " ".join(sys.orig_argv) and str(RANK) == WHERE:
-    plant()
+def once(mark, name, how):
+    def strike():
+        if not os.path.exists(mark):
+            Path(mark).touch()
+            act(name, how)
+
+    return strike
+
+
+def follow(plans):
+    for plan in plans:
+        moment, name, where, mark = plan.split()
+        if not os.path.exists(mark):
+            if where == RANK:
+                name, _, how = name.partition("x")
+                plant(moment, once(mark, name, how))
+            return
+
+
+if "tptrain" in " ".join(sys.orig_argv) and os.environ.get("PLANS"):
+    follow(os.environ["PLANS"].split(","))
