@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     # around them
     "data": {"config", "config_error", "data_config", "files", "lifeline"},
     "checkpoint": {"tensor_parallel", "model", "mesh", "config", "config_error", "files"},
-    "monitor": {"config", "files", "pipeline"},
+    "monitor": {"config", "files", "lifeline", "pipeline"},
     # from a command to running ranks
     "job": {"config", "stop"},
     "failures": {"config"},

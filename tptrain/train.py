@@ -43,7 +43,7 @@ def train(config: Config, run_dir: Path, store_dir: Path, wish: Wish | None = No
     max_steps = config.train.max_steps
     report = Report(config, mesh, trainer, run_dir)
     watch = StepWatch(trainer, report, run_dir, wish or Wish())
-    timer, val_loss, result, done = StepTimer(), None, None, False
+    timer, val_loss, result = StepTimer(), None, None
     try:
         if trainer.evaluation_due:
             val_loss = evaluate(trainer, report, watch)
@@ -78,13 +78,11 @@ def train(config: Config, run_dir: Path, store_dir: Path, wish: Wish | None = No
                 report.sample(write_text(trainer, config, run_dir))
         if watch.stop and (trainer.steps_done < max_steps or trainer.evaluation_due):
             report.stopped(trainer.steps_done, time.perf_counter() - began)
-            done = True
             raise Stopped(watch.farewell())
         report.finish(trainer.steps_done, result, trainer.samples_done, val_loss, timer.overall(), time.perf_counter() - began)
-        done = True
     finally:
         trainer.close()
-        report.close(done)
+        report.close()
     return val_loss
 
 
