@@ -43,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "job": {"config", "stop"},
     "failures": {"config"},
     "roll_call": set(),
+    "last_words": {"failures", "roll_call"},
     "host_memory": set(),
     "refusal": {"config", "job"},
     "ranks": {
@@ -51,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
         "generate_config",
         "host_memory",
         "job",
+        "last_words",
         "lifeline",
         "monitor",
         "roll_call",

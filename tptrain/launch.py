@@ -37,6 +37,9 @@ from tptrain.stop import numbers as stop_signals
 _SHUTDOWN_SECONDS = 10
 """How long ranks may take to end after a signal before they are killed."""
 
+_LEAST_MINUTES = 1e-6
+"""What train.max_minutes leaves to a restart once it has passed: the ranks stop after one step."""
+
 
 def start(config: Config, run_dir: Path, place: Place | None) -> float | None:
     """Train `config` in `run_dir`, and return the final validation loss, or None where there is none.
@@ -84,18 +87,25 @@ def _train(job: Job, apart: bool) -> float | None:
 
 
 def _persevere(job: Job) -> Any:
-    """Have ranks of our own train; where one fails, start them again, up to train.max_restarts times."""
+    """Have ranks of our own train; where one fails, start them again, up to train.max_restarts times.
+
+    A run that diverges would diverge again, and one that was asked to stop is not to go on: these are not started again.
+    """
     from tptrain.checkpoint.folder import complete_checkpoints
 
-    most = job.config.train.max_restarts
+    most, minutes, began = job.config.train.max_restarts, job.config.train.max_minutes, time.monotonic()
     for attempt in range(1, most + 1):
         try:
             return _spawn(job)
-        except JobFailed:
+        except JobFailed as failed:
+            if failed.kind == "diverged" or job.wish.reason is not None:
+                raise
             newest = complete_checkpoints(job.run_dir)
             failures.say(f"tptrain: restart {attempt} of {most}, from {newest[-1].name if newest else 'where the run began'}")
         if newest:  # what the run began from is behind it
             job.config.checkpoint.resume = "auto"
+        if minutes is not None:  # they count for all attempts together
+            job.config.train.max_minutes = max(minutes - (time.monotonic() - began) / 60, _LEAST_MINUTES)
         write_job(job)
     return _spawn(job)
 
@@ -117,7 +127,7 @@ def _take_part(config: Config, run_dir: Path, place: Place) -> float | None:
     try:
         with contextlib.ExitStack() as listening:
             wish.announce = lambda: listening.enter_context(signals_stop(lambda number: wish.ask(number.name), echo_seconds=1.0))
-            value: float | None = ranks.joined(config, prepare, place, wish)
+            value: float | None = ranks.joined(config, prepare, place, wish, _keep_flights)
             return value
     except Stopped as stop:
         stop.exit_code = AGAIN
@@ -247,6 +257,15 @@ def _set_environment(config: Config, place: Place | None) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
 
 
+def _keep_flights(run_dir: Path) -> None:
+    """Have NCCL's flight recorder write a rank's last communications into the run's logs before a time limit ends the rank.
+
+    Each rank makes a file `flight-nccl-N`, which `torchfrtrace` reads. The last name is an older one of the one before.
+    """
+    prefix = str(run_dir.absolute() / "logs" / f"{failures.FLIGHT}nccl-")
+    os.environ.update(TORCH_NCCL_DUMP_ON_TIMEOUT="1", TORCH_FR_DUMP_TEMP_FILE=prefix, TORCH_NCCL_DEBUG_INFO_TEMP_FILE=prefix)
+
+
 @contextlib.contextmanager
 def signals_stop(
     heard: Callable[[signal.Signals], bool] | None = None,
@@ -317,6 +336,7 @@ def _spawn(job: Job) -> Any:
         shutdown_timeout=_SHUTDOWN_SECONDS,
         signals_to_handle="SIGQUIT",  # the others are ours: see signals_stop
     )
+    _keep_flights(job.run_dir)
     command = ("-u", "-m", "tptrain.launch", job.work, str(job.run_dir), str(job.store_dir), str(os.getpid()))
     try:
         with _quiet_elastic():
@@ -340,7 +360,8 @@ def _tell(run_dir: Path, cause: Failure) -> Exception:
     if cause.kind == "refused":
         return ConfigError(cause.error)
     failures.say(failures.describe(cause, run_dir))
-    return JobFailed(f"rank {cause.rank} {cause.error}" if cause.kind in ("killed", "exit") else f"rank {cause.rank}: {cause.error}")
+    between = " " if cause.kind in ("killed", "exit") else ": "
+    return JobFailed(f"rank {cause.rank}{between}{cause.error}", cause.kind)
 
 
 @contextlib.contextmanager

@@ -26,15 +26,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tptrain import failures, lifeline
+from tptrain import failures, last_words, lifeline, roll_call
 from tptrain.config import Config
 from tptrain.generate_config import GenerateConfig
 from tptrain.host_memory import keep_freed_memory
 from tptrain.job import ALONE, Job, Place
 from tptrain.stop import ON_BEHALF, Stopped, Wish, follow_launcher
+from tptrain.stop import numbers as stop_signals
 
 _LONG = timedelta(days=30)
 """More than any preparation takes. Whoever waits so long is released earlier, with an error, where rank 0 dies."""
+
+_START_SECONDS = 300.0
+"""How long ranks may take to start after one another, where launch.timeout_seconds is shorter."""
 
 # ---- what ranks can do -----------------------------------------------------------------------------------
 
@@ -102,9 +106,9 @@ def inline(job: Job) -> Any:
             _leave_group()
 
 
-def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish) -> Any:
+def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish, begin: Callable[[Path], None]) -> Any:
     """Work as one of torchrun's ranks. prepare: makes the job; rank 0 calls it, and the others take the job from rank 0. wish: tells this
-    rank to stop.
+    rank to stop. begin: called with the run folder before the work.
 
     Raises JobFailed once this rank's failure is recorded and told, Stopped once all ranks have stopped, and what `prepare` raises.
     """
@@ -117,6 +121,7 @@ def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish)
         job = dataclasses.replace(_from_rank_0(job), wish=wish)
         run_dir = job.run_dir
         _keep_log(run_dir, place.rank)
+        begin(run_dir)
         return WORKS[job.work].run(job)
     except Stopped:
         if wish.listening:
@@ -125,16 +130,7 @@ def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish)
     except Exception as error:
         if run_dir is None:
             raise
-        failure = failures.record(run_dir, place.rank, error, _waited_for(error))
-        if failure.kind != "lost_peer":
-            os.write(terminal, f"{failures.describe(failure, run_dir)}\n".encode())
-            time.sleep(0.5)  # until rank 0 waits for us, else its "running" may come after our "failed", and torchrun then stops it
-            write_status(run_dir, "failed", f"rank {place.rank}: {failure.error}")
-        elif place.rank == 0:  # speaks for all followers; the rank with the cause, if it lives, speaks for itself
-            os.write(terminal, f"tptrain: rank 0 lost another rank; its log: {failures.log_path(run_dir, 0)}\n".encode())
-            cause = failures.recorded_cause(run_dir)  # and writes the status again: our last "running" may have come after its "failed"
-            write_status(run_dir, "failed", f"rank {cause.rank}: {cause.error}" if cause else "rank 0 lost another rank")
-        raise failures.JobFailed(failure.error) from error
+        raise failures.JobFailed(_tell(run_dir, place, error, terminal)) from error
 
 
 def spawned(work: str, run_dir: Path, store_dir: Path, place: Place) -> NoReturn:
@@ -152,7 +148,7 @@ def spawned(work: str, run_dir: Path, store_dir: Path, place: Place) -> NoReturn
         if place.rank == 0:
             result_path(run_dir).write_text(json.dumps({"stopped": str(stop)}))
     except Exception as error:
-        failures.record(run_dir, place.rank, error, _waited_for(error))
+        last_words.say(run_dir, place.rank, error)
         leave(1)
     leave(0)
 
@@ -204,6 +200,39 @@ def _write_pid(run_dir: Path, rank: int) -> None:
     draft.replace(_pid_path(run_dir, rank))
 
 
+def _tell(run_dir: Path, place: Place, error: Exception, terminal: int) -> str:
+    """Of torchrun's ranks, which no launcher of ours speaks for: record why this one fell, and tell the terminal and the run's status.
+
+    A rank with an error of its own speaks for itself. Of those that lost another one, the first that has fallen speaks for all.
+    Returns the cause in one line.
+    """
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_DFL)  # torchrun may end us from here on
+    follows = failures.kind_of(error) == "lost_peer"
+    if follows and place.rank == 0:  # at once, while we may
+        _write_failed(run_dir, place.rank)
+    failure, silent = last_words.say(run_dir, place.rank, error)
+    if not follows:
+        os.write(terminal, f"{failures.describe(failure, run_dir)}\n".encode())
+        time.sleep(0.5)  # until rank 0 waits for us, else its "running" may come after our "failed", and torchrun then stops it
+        _write_failed(run_dir, place.rank)
+    elif place.rank == min({*range(place.world_size)} - {*silent}):
+        cause = _write_failed(run_dir, place.rank)
+        if cause is None:
+            log = failures.log_path(run_dir, place.rank)
+            os.write(terminal, f"tptrain: rank {place.rank} lost another rank; its log: {log}\n".encode())
+        elif cause.kind == "lost_peer":
+            os.write(terminal, f"{failures.describe(cause, run_dir)}\n".encode())
+    return failure.error
+
+
+def _write_failed(run_dir: Path, rank: int) -> failures.Failure | None:
+    """Set the run's status to the cause that the ranks have recorded by now, and return it; without one `rank` lost another."""
+    cause = failures.recorded_cause(run_dir)
+    write_status(run_dir, "failed", f"rank {cause.rank}: {cause.error}" if cause else f"rank {rank} lost another rank")
+    return cause
+
+
 def _wait_for_all() -> None:
     """Return once all ranks are here, or one of them is gone."""
     import torch
@@ -250,8 +279,7 @@ def _meet(config: Config, prepare: Callable[[], Job], place: Place) -> tuple[Job
     if job is not None:
         store.set(key, "")
     store.wait([key], _LONG)
-    store.set_timeout(timeout)
-    return job, dist.PrefixStore("tptrain/group", store)
+    return job, store
 
 
 def _join_group(config: Config, place: Place, store: Any = None) -> None:
@@ -264,27 +292,18 @@ def _join_group(config: Config, place: Place, store: Any = None) -> None:
     on_gpu = config.hardware.device == "cuda"
     if on_gpu:
         torch.cuda.set_device(place.local_rank)
-    store = dist.HashStore() if store is None and place == ALONE else store
-    known = {"store": store, "rank": place.rank, "world_size": place.world_size} if store is not None else {}
     timeout = timedelta(seconds=config.launch.timeout_seconds)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, **known)
-
-
-def _waited_for(error: Exception) -> list[int]:
-    """Tell the others that this rank has fallen; the ranks that it waited for in vain, as far as that can be known."""
-    import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    from tptrain import roll_call
-
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return []
-    store = _get_default_store()
-    roll_call.fall(store, dist.get_rank())
-    if not failures.timed_out(error):
-        return []
-    named = failures.named_peer(error)
-    return [named] if named is not None else list(roll_call.missing(store, dist.get_world_size()))
+    if place == ALONE:
+        store = dist.HashStore()
+    else:  # ranks start up to minutes after one another, where their libraries come over a slow network
+        slowest = max(config.launch.timeout_seconds, _START_SECONDS)
+        if store is None:
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=slowest)))
+        roll_call.arrive(store, place.rank, place.world_size, slowest)
+        store.set_timeout(timeout)
+        store = dist.PrefixStore("tptrain/group", store)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=place.rank, world_size=place.world_size)
 
 
 def threads(config: Config, local_ranks: int) -> int:
