@@ -30,6 +30,9 @@ class WandbServer(ThreadingHTTPServer):
         self.ended: dict[str, int] = {}
         self.requests = 0
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed is no error."""
+
     @property
     def url(self) -> str:
         """What WANDB_BASE_URL has to be."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tptrain.config import Config, ConfigError, refuse, resolve
 from tptrain.export_config import ExportConfig
+from tptrain.files import near
 from tptrain.generate_config import GenerateConfig
 from tptrain.plot_config import PlotConfig
 
@@ -336,11 +337,14 @@ def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from tptrain.launch import JobFailed
+    from tptrain.launch import JobFailed, give_home
 
     settings = HydraConfig.get()
     run_dir = Path(settings.runtime.output_dir)
     sweeping = settings.mode == RunMode.MULTIRUN
+    give_home()
+    if sweeping and "wandb" in cfg and cfg.wandb.group is None:
+        cfg.wandb.group = near(settings.sweep.dir)  # where the jobs are found, on disk as in W&B
     job = f"job {settings.job.num} ({settings.job.override_dirname}): " if sweeping else ""
     try:
         return verb.run(cfg, run_dir)

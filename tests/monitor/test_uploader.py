@@ -69,6 +69,23 @@ def test_a_run_reaches_the_server_and_goes_on_there(config: Config, tmp_path: Pa
     assert not files_with(tmp_path, KEY)
 
 
+def test_an_agent_of_a_wandb_sweep_chooses_the_run(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.wandb.mode, config.wandb.upload_seconds = "online", 120.0
+    (tmp_path / "choice.yaml").write_text("wandb_version: 1\noptimizer.lr:\n  value: 0.125\n")
+    for name, value in {"ID": "a_sweep", "PARAM_PATH": str(tmp_path / "choice.yaml")}.items():
+        monkeypatch.setenv(f"WANDB_SWEEP_{name}", value)
+    for name, value in {"RUN_ID": "agents_id", "PROJECT": "agents", "API_KEY": KEY}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    with wandb_server("takes") as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        record_run(config, tmp_path / "run", 0, 2)
+        assert server.history("agents_id") == LOGGED[:2]
+        first = server.upserts["agents_id"][0]
+    assert (first["sweep"], first["project"]) == ("a_sweep", "agents")
+    assert '"optimizer.lr":{"value":0.125}' in first["config"]
+    assert kept_id(tmp_path / "run") == "agents_id"
+
+
 @pytest.mark.parametrize("behaviour", ["fails", "hangs", "refuses"])
 def test_a_broken_server_costs_less_than_a_second_and_no_record(
     behaviour: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -117,7 +118,8 @@ def upload(recording: Path) -> str | None:
     import wandb
 
     # wandb's own limits would have it try for an hour before it says what is wrong.
-    settings = wandb.setup(settings=wandb.Settings(x_graphql_retry_max=3, x_graphql_timeout_seconds=20)).settings
+    limits = wandb.Settings(program="tptrain", x_graphql_retry_max=3, x_graphql_timeout_seconds=20)
+    settings = wandb.setup(settings=limits).settings
     reason = None
     for pause_seconds in _PAUSES_SECONDS:
         time.sleep(pause_seconds)
@@ -144,8 +146,10 @@ def _line(error: Exception) -> str:
 
 if __name__ == "__main__":
     die_with_parent(int(sys.argv[2]))
-    os.chdir(Path(sys.argv[1]).parents[1])  # wandb's command keeps a log in `wandb/` below the folder where it runs: that of the run
-    why = upload(Path(sys.argv[1]))
+    folder = Path(sys.argv[1])
+    os.chdir(folder.parents[1])  # wandb's command keeps a log in `wandb/` below the folder where it runs: that of the run
+    tempfile.tempdir = str(folder / "logs")  # what wandb leaves there when it is killed is found again
+    why = upload(folder)
     if why is not None:
         print(why, flush=True)
         sys.exit(1)

@@ -114,6 +114,13 @@ class Recorder:
             import wandb
 
             wandb.teardown()
+        with contextlib.suppress(Exception):
+            from wandb.sdk.artifacts.artifact import Artifact
+            from wandb.sdk.data_types import _private
+
+            # Python would remove them at the interpreter's end, which a rank does not wait for.
+            for folder in (_private.MEDIA_TMP, Artifact._TMP_DIR):
+                folder.cleanup()
 
     def _log(self, record: Record) -> None:
         """The record's step is W&B's own step, so that records of one step make one row. Unknown numbers are left out."""
