@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -38,6 +39,7 @@ def train(config: Config, run_dir: Path, store_dir: Path, wish: Wish | None = No
     device = own_device(config.hardware.device)
     mesh = build_mesh(config.parallel, device, config.launch.timeout_seconds)
     trainer = Trainer(config, mesh, open_data(config, store_dir))
+    gc.freeze()  # the garbage collector need not look through all of torch, now and then, in the middle of a step or a save
     resume(trainer, run_dir)
     trainer.read_ahead()
     max_steps = config.train.max_steps
