@@ -32,6 +32,9 @@ def test_the_recording_has_each_step_once_over_a_kill_and_a_stop(tmp_path: Path)
     assert stopped.code == 75, stopped.err
     assert [row["step"] for row in history(read_back(recording(run_dir)))] == [1, 2, 3, 4], "with its tail"
     made = (run_dir / "wandb_id").read_text()
+    (newest,) = run_dir.glob("checkpoints/step-00000004/state.json")
+    assert json.loads(newest.read_text())["wandb_id"] == made.strip()
+    (run_dir / "wandb_id").unlink()  # as where only the checkpoints were brought along
     ended = train(run_dir, "third")
     assert ended.code == 0, ended.err
     assert "W&B" not in ended.out + ended.err

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tptrain import failures, last_words, lifeline, roll_call
-from tptrain.config import Config
+from tptrain.config import Config, ConfigError
 from tptrain.generate_config import GenerateConfig
 from tptrain.host_memory import keep_freed_memory
 from tptrain.job import ALONE, Job, Place
@@ -71,6 +71,20 @@ def _generate(job: Job) -> dict[str, float]:
     return generate(job.config)
 
 
+def _doctor(job: Job) -> dict[str, Any] | None:
+    """What there is to say about the machines of the ranks."""
+    from tptrain.doctor.examine import examine
+
+    return examine(job.config, job.run_dir, job.store_dir)
+
+
+def _same_versions(store: Any, place: Place, timeout_seconds: float) -> None:
+    """Whether the ranks can be compared at all."""
+    from tptrain.doctor.versions import agree
+
+    agree(store, place.rank, place.world_size, timeout_seconds)
+
+
 @dataclass(frozen=True)
 class Work:
     """One thing that ranks can do."""
@@ -79,12 +93,16 @@ class Work:
     """Every rank calls it; rank 0's value, which JSON can hold, goes back to the launcher."""
     config: type = Config
     """The schema of the job's `config.yaml`. It has the groups `hardware` and `launch`, and `processes`."""
+    before: Callable[[Any, Place, float], None] | None = None
+    """Called on each of several ranks before there is a process group, with the store in which they found each other and the seconds for
+    which they wait for each other. What it refuses, it refuses on every rank."""
 
 
 WORKS = {
     "train": Work(_train),
     "check-twin": Work(_check_twin),
     "check-layout": Work(_check_layout),
+    "doctor": Work(_doctor, before=_same_versions),
     "generate": Work(_generate, GenerateConfig),
 }
 """By the name that travels to the ranks."""
@@ -96,7 +114,7 @@ WORKS = {
 def inline(job: Job) -> Any:
     """Work in this very process: a group of one in memory, no network, and a debugger works. Returns the work's value."""
     with _log(job.run_dir, 0):
-        _join_group(job.config, ALONE)
+        _join_group(job.work, job.config, ALONE)
         try:
             return WORKS[job.work].run(job)
         except Exception as error:
@@ -106,7 +124,7 @@ def inline(job: Job) -> Any:
             _leave_group()
 
 
-def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish, begin: Callable[[Path], None]) -> Any:
+def joined(work: str, config: Config, prepare: Callable[[], Job], place: Place, wish: Wish, begin: Callable[[Path], None]) -> Any:
     """Work as one of torchrun's ranks. prepare: makes the job; rank 0 calls it, and the others take the job from rank 0. wish: tells this
     rank to stop. begin: called with the run folder before the work.
 
@@ -117,7 +135,7 @@ def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish,
     try:
         job, store = _meet(config, prepare, place)
         run_dir = job.run_dir if job else None
-        _join_group(config, place, store)
+        _join_group(work, config, place, store)
         job = dataclasses.replace(_from_rank_0(job), wish=wish)
         run_dir = job.run_dir
         _keep_log(run_dir, place.rank)
@@ -128,7 +146,7 @@ def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish,
             _wait_for_all()  # torchrun ends the others as soon as one has left with an exit code that is not 0
         raise
     except Exception as error:
-        if run_dir is None:
+        if run_dir is None or (isinstance(error, ConfigError) and not _has_group()):  # every rank refuses, and the first says so
             raise
         raise failures.JobFailed(_tell(run_dir, place, error, terminal)) from error
 
@@ -140,7 +158,7 @@ def spawned(work: str, run_dir: Path, store_dir: Path, place: Place) -> NoReturn
     _keep_log(run_dir, place.rank)
     try:
         job = dataclasses.replace(Job.load(work, run_dir, store_dir, WORKS[work].config), wish=wish)
-        _join_group(job.config, place)
+        _join_group(work, job.config, place)
         value = WORKS[work].run(job)
         if place.rank == 0:
             result_path(run_dir).write_text(json.dumps({"value": value}))
@@ -282,7 +300,7 @@ def _meet(config: Config, prepare: Callable[[], Job], place: Place) -> tuple[Job
     return job, store
 
 
-def _join_group(config: Config, place: Place, store: Any = None) -> None:
+def _join_group(work: str, config: Config, place: Place, store: Any = None) -> None:
     """Make the default process group: gloo, and NCCL too on GPUs. One rank alone needs no network. store: where torchrun's ranks met."""
     import torch
     import torch.distributed as dist
@@ -301,6 +319,8 @@ def _join_group(config: Config, place: Place, store: Any = None) -> None:
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=slowest)))
         roll_call.arrive(store, place.rank, place.world_size, slowest)
         store.set_timeout(timeout)
+        if (before := WORKS[work].before) is not None:
+            before(dist.PrefixStore("tptrain/before", store), place, config.launch.timeout_seconds)
         store = dist.PrefixStore("tptrain/group", store)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=timeout, store=store, rank=place.rank, world_size=place.world_size)
@@ -315,10 +335,14 @@ def threads(config: Config, local_ranks: int) -> int:
     return max(1, cores // local_ranks)
 
 
-def _leave_group() -> None:
+def _has_group() -> bool:
     distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    return bool(distributed and distributed.is_available() and distributed.is_initialized())
+
+
+def _leave_group() -> None:
+    if _has_group():
+        sys.modules["torch.distributed"].destroy_process_group()
 
 
 def _from_rank_0(job: Job | None) -> Job:

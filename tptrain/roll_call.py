@@ -13,8 +13,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-from torch.distributed import Store
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 PATIENCE_SECONDS = 5.0
 """How long the others may take to fall as well: ranks enter a sum at different moments of a step."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -65,7 +64,7 @@ class Recorder:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             dir=str(self.run_dir),
-            id=kept_id(self.run_dir) or secrets.token_hex(4),
+            id=kept_id(self.run_dir),
             mode="offline",
             entity=chosen.entity,
             project=chosen.project,

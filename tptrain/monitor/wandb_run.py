@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +20,7 @@ from typing import Any
 from tptrain.config import Config
 from tptrain.monitor.log import prepare_logger
 from tptrain.monitor.metrics import Record, read_metrics
-from tptrain.monitor.wandb_id import adopt_id as adopt_id
-from tptrain.monitor.wandb_id import kept_id as kept_id
+from tptrain.monitor.wandb_id import adopt_id
 from tptrain.monitor.wandb_recorder import Recorder
 
 _STOPPED_SECONDS = 3.0
@@ -114,8 +114,10 @@ def start_wandb(
     """
     if config.wandb.mode == "disabled":
         return WandbRun()
+    run_dir = Path(run_dir).absolute()
+    adopt_id(run_dir, secrets.token_hex(4))  # here and now: a checkpoint may ask for it before wandb has started
     known = json.loads(json.dumps(dict(facts), default=str))
-    recorder = Recorder(config, Path(run_dir).absolute(), known, replaces=earlier is not None, say=say, warn=_warn)
+    recorder = Recorder(config, run_dir, known, replaces=earlier is not None, say=say, warn=_warn)
     return WandbRun(recorder, earlier or (), config.wandb.upload_seconds)
 
 
