@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     # around them
     "data": {"config", "config_error", "data_config", "files", "lifeline"},
     "checkpoint": {"tensor_parallel", "model", "mesh", "config", "config_error", "files"},
-    "monitor": {"config", "files", "pipeline"},
+    "monitor": {"config", "files", "lifeline", "pipeline"},
     "trained_stage": {"checkpoint", "config", "mesh", "model", "pipeline", "tensor_parallel"},
     "multiple_choice": {"config", "data"},
     # from a command to running ranks
@@ -69,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
         "generate",
     },
     "scheduler": {"config_error"},
-    "launch": {"checkpoint", "config", "data", "failures", "job", "plan", "ranks", "scheduler", "stop"},
+    "launch": {"checkpoint", "config", "data", "failures", "job", "monitor", "plan", "ranks", "scheduler", "stop"},
     "slurm": {"config", "files", "job", "plan"},
     "verdict": set(),
     "doctor": {"config", "mesh", "tensor_parallel", "model", "plan"},
@@ -102,6 +102,7 @@ ALLOWED: dict[str, set[str]] = {
         "examine",
         "export",
         "export_config",
+        "files",
         "generate_config",
         "job",
         "launch",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from tptrain.config import Config, ConfigError, refuse, resolve
 from tptrain.eval_config import EvalConfig
 from tptrain.export_config import ExportConfig
+from tptrain.files import near
 from tptrain.generate_config import GenerateConfig
 from tptrain.own_data import filled_in
 from tptrain.plot_config import PlotConfig
@@ -375,11 +376,14 @@ def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
     from hydra.types import RunMode
 
     from tptrain import launch
-    from tptrain.launch import JobFailed
+    from tptrain.launch import JobFailed, give_home
 
     settings = HydraConfig.get()
     run_dir = Path(settings.runtime.output_dir)
     sweeping = settings.mode == RunMode.MULTIRUN
+    give_home()
+    if sweeping and "wandb" in cfg and cfg.wandb.group is None:
+        cfg.wandb.group = near(settings.sweep.dir)  # where the jobs are found, on disk as in W&B
     job = f"job {settings.job.num} ({settings.job.override_dirname}): " if sweeping else ""
     try:
         value = verb.run(cfg, run_dir)

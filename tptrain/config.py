@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from tptrain.config_error import ConfigError as ConfigError
@@ -148,6 +149,8 @@ class TrainConfig:
     """Leave out the steps whose loss is a spike."""
     max_restarts: int = 0
     """Times that the ranks are started again, from the newest checkpoint, after one of them has failed."""
+    tensorboard: bool = False
+    """Also write the numbers of metrics.jsonl for TensorBoard, into tensorboard/ in the run folder; needs the extra `tensorboard`."""
 
 
 @dataclass
@@ -218,6 +221,10 @@ class WandbConfig:
     """Tags of the run."""
     continue_run: bool = False
     """A run that starts from another run's checkpoint (checkpoint.resume=PATH) goes on in that one's W&B run; else it gets its own."""
+    entity: str | None = None
+    """User or team that owns the project; null means the default of whoever is logged in."""
+    upload_seconds: float = 20.0
+    """Online, how long the end of the run waits for the rest to be uploaded, while the server answers."""
 
 
 @dataclass
@@ -452,7 +459,7 @@ _AT_LEAST: dict[str, float] = {
     "train.max_skipped_steps": 0, "train.max_restarts": 0, "data.seq_len": 1,
     "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.momentum": 0,
     "lr_schedule.warmup_steps": 0, "lr_schedule.min_lr_ratio": 0,
-    "checkpoint.every": 0, "checkpoint.keep": 1, "checkpoint.keep_every": 1,
+    "checkpoint.every": 0, "checkpoint.keep": 1, "checkpoint.keep_every": 1, "wandb.upload_seconds": 0,
     "check.steps": 1, "check.processes": 1,
 }  # fmt: skip
 
@@ -504,6 +511,9 @@ def _check_values(config: Config) -> None:
         raise refuse("train.spike_factor", config.train.spike_factor, rule, "use 2 or more, or null")
     if config.train.skip_spikes and config.train.spike_factor is None:
         raise refuse("train.skip_spikes", True, "has no spikes to skip, as train.spike_factor=null", "use train.spike_factor=2 or more")
+    if config.train.tensorboard and find_spec("tensorboard") is None:
+        rule = "needs the package tensorboard, which is not installed"
+        raise refuse("train.tensorboard", True, rule, "pip install 'tptrain[tensorboard]', or use train.tensorboard=false")
     check_data(config.data)
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):

@@ -20,6 +20,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -303,13 +304,14 @@ def _prepare(config: Config, run_dir: Path) -> Job:
     from tptrain.checkpoint.hugging_face.folder import check_folder
     from tptrain.checkpoint.start import find_start, make_home, pass_over
     from tptrain.data import keep_tokenizer, prepare
+    from tptrain.monitor.text import tell
 
     make_home(config)
     damage: dict[Path, str] = {}
     start = find_start(config, run_dir, damage)
     if start is None and config.train.init_from is not None:
         check_folder(config.train.init_from, config.model)
-    job = Job("train", config, run_dir.absolute(), prepare(config, print))
+    job = Job("train", config, run_dir.absolute(), prepare(config, tell))
     keep_tokenizer(config.data, job.store_dir, job.run_dir, start)
     write_job(job)
     for line in pass_over(damage, start):
@@ -337,6 +339,27 @@ def _set_environment(config: Config, place: Place | None) -> None:
     if place is None or place.local_world_size == place.world_size:
         # Else gloo looks this host's name up, which waits 10-20 s for a name server that does not answer.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+
+
+def give_home() -> None:
+    """Where the user has no home directory that can be written, as in some containers, have libraries keep caches among the temporary
+    files instead.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = None
+    if home is not None and os.access(home, os.W_OK):
+        return
+    place = Path(tempfile.gettempdir(), f"tptrain-{os.getuid()}")
+    with contextlib.suppress(OSError):
+        place.mkdir(mode=0o700, exist_ok=True)
+    if place.is_symlink() or not place.is_dir() or place.stat().st_uid != os.getuid():  # somebody else's
+        place = Path(tempfile.mkdtemp(prefix="tptrain-"))
+    if home is None:
+        os.environ["HOME"] = str(place)
+    for name in ("XDG_CACHE_HOME", "MPLCONFIGDIR"):
+        os.environ.setdefault(name, str(place / "cache"))
 
 
 def _keep_flights(run_dir: Path) -> None:

@@ -386,6 +386,7 @@ def _log(run_dir: Path, rank: int) -> Iterator[None]:
     try:
         yield
     finally:
+        logging.captureWarnings(False)
         for name, handler in handlers:
             logging.getLogger(name).removeHandler(handler)
             handler.close()
@@ -402,9 +403,10 @@ def _open_log(run_dir: Path, rank: int) -> list[tuple[str | None, logging.Handle
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers: list[tuple[str | None, logging.Handler]] = [(None, file), ("tptrain", file)]
     if rank == 0:
-        terminal = logging.StreamHandler()
-        terminal.setLevel(logging.WARNING)
-        handlers.append((None, terminal))
+        from tptrain.monitor.log import StderrHandler
+
+        handlers.append((None, StderrHandler(logging.WARNING)))
+    logging.captureWarnings(True)  # those of Python's module warnings: into the file too
     ours = logging.getLogger("tptrain")
     ours.propagate = False
     ours.setLevel(logging.INFO)
