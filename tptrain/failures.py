@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tptrain.config import ConfigError
@@ -52,6 +52,16 @@ class Failure:
     signal: int = 0
     waited_for: int | None = None
     """The rank that did not answer in time."""
+
+
+@dataclass
+class Outcome:
+    """How ranks ended, as their launcher saw it."""
+
+    exits: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """For each rank that did not leave with 0: its exit code (negative: minus the signal), and when that was seen (seconds, epoch)."""
+    asked: str | None = None
+    """The signal that the launcher handed on to its ranks."""
 
 
 class JobFailed(RuntimeError):

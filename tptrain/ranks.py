@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -30,7 +30,7 @@ from tptrain import failures, lifeline
 from tptrain.config import Config
 from tptrain.generate_config import GenerateConfig
 from tptrain.host_memory import keep_freed_memory
-from tptrain.job import ALONE, Job, Place
+from tptrain.job import ALONE, Job, Meeting, Place
 from tptrain.stop import ON_BEHALF, Stopped, Wish, follow_launcher
 
 _LONG = timedelta(days=30)
@@ -111,10 +111,11 @@ def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish)
     terminal = os.dup(sys.stderr.fileno())
     run_dir: Path | None = None
     try:
-        job, store = _meet(config, prepare, place)
+        job, store_dir, store = _meet(config, prepare, place)
         run_dir = job.run_dir if job else None
         _join_group(config, place, store)
         job = dataclasses.replace(_from_rank_0(job), wish=wish)
+        job = dataclasses.replace(job, store_dir=store_dir or job.store_dir)
         run_dir = job.run_dir
         _keep_log(run_dir, place.rank)
         return WORKS[job.work].run(job)
@@ -130,21 +131,22 @@ def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish)
             os.write(terminal, f"{failures.describe(failure, run_dir)}\n".encode())
             time.sleep(0.5)  # until rank 0 waits for us, else its "running" may come after our "failed", and torchrun then stops it
             write_status(run_dir, "failed", f"rank {place.rank}: {failure.error}")
-        elif place.rank == 0:  # speaks for all followers; the rank with the cause, if it lives, speaks for itself
-            os.write(terminal, f"tptrain: rank 0 lost another rank; its log: {failures.log_path(run_dir, 0)}\n".encode())
-            cause = failures.recorded_cause(run_dir)  # and writes the status again: our last "running" may have come after its "failed"
-            write_status(run_dir, "failed", f"rank {cause.rank}: {cause.error}" if cause else "rank 0 lost another rank")
+        elif place.local_rank == 0:  # speaks for all followers here; the rank with the cause, if it lives, speaks for itself
+            _tell_of_loss(run_dir, place, failure, terminal)
         raise failures.JobFailed(failure.error) from error
 
 
-def spawned(work: str, run_dir: Path, store_dir: Path, place: Place) -> NoReturn:
-    """Work as a rank that `launch.py` started, and leave the process. The launcher says what went wrong, not we."""
+def spawned(work: str, run_dir: Path, store_dir: Path, place: Place, meeting: Meeting | None = None) -> NoReturn:
+    """Work as a rank that `launch.py` started, and leave the process. The launcher says what went wrong, not we.
+
+    meeting: where the ranks of other nodes are, if there are any.
+    """
     wish = Wish(announce=partial(_write_pid, run_dir, place.rank))
     follow_launcher(wish, os.getppid())
     _keep_log(run_dir, place.rank)
     try:
         job = dataclasses.replace(Job.load(work, run_dir, store_dir, WORKS[work].config), wish=wish)
-        _join_group(job.config, place)
+        _join_group(job.config, place, _find_others(meeting, place, job.config.launch.timeout_seconds) if meeting else None)
         value = WORKS[work].run(job)
         if place.rank == 0:
             result_path(run_dir).write_text(json.dumps({"value": value}))
@@ -162,10 +164,10 @@ def result_path(run_dir: Path) -> Path:
     return run_dir / "logs" / "rank-0.result.json"
 
 
-def pass_on(run_dir: Path, processes: int, number: signal.Signals) -> bool:
-    """In the launcher: hand a signal to its ranks. False where one of them does not listen, as before the training's first step."""
+def pass_on(run_dir: Path, own: Iterable[int], number: signal.Signals) -> bool:
+    """In the launcher: hand a signal to its own ranks. False where one of them does not listen, as before the training's first step."""
     try:
-        pids = [int(_pid_path(run_dir, rank).read_text()) for rank in range(processes)]
+        pids = [int(_pid_path(run_dir, rank).read_text()) for rank in own]
         for pid in pids:
             os.kill(pid, ON_BEHALF.get(number, number))
     except (OSError, ValueError):
@@ -237,8 +239,9 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _meet(config: Config, prepare: Callable[[], Job], place: Place) -> tuple[Job | None, Any]:
-    """Rank 0's job, once it is prepared, on rank 0 alone, and the store over which torchrun's ranks find each other.
+def _meet(config: Config, prepare: Callable[[], Job], place: Place) -> tuple[Job | None, Path | None, Any]:
+    """Rank 0's job, once it is prepared, on rank 0 alone; the token store of this node, where it may be another than rank 0's; and the
+    store over which torchrun's ranks find each other.
 
     To tokenise may take hours, so the other ranks wait here as long as rank 0 lives; only then does launch.timeout_seconds count.
     """
@@ -246,12 +249,45 @@ def _meet(config: Config, prepare: Callable[[], Job], place: Place) -> tuple[Job
 
     timeout, key = timedelta(seconds=config.launch.timeout_seconds), "tptrain/prepared"
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    job = prepare() if place.rank == 0 else None
-    if job is not None:
-        store.set(key, "")
-    store.wait([key], _LONG)
+    job, store_dir = None, None
+    if place.nodes > 1:
+        job, store_dir = _meet_nodes(config, prepare, place, dist.PrefixStore("tptrain/nodes", store))
+    else:
+        if place.rank == 0:
+            job = prepare()
+            store.set(key, "")
+        store.wait([key], _LONG)
     store.set_timeout(timeout)
-    return job, dist.PrefixStore("tptrain/group", store)
+    return job, store_dir, dist.PrefixStore("tptrain/group", store)
+
+
+def _meet_nodes(config: Config, prepare: Callable[[], Job], place: Place, store: Any) -> tuple[Job | None, Path]:
+    """The same over several nodes: rank 0's job, and this node's token store. The first rank of each node speaks for it."""
+    from tptrain.council import Council
+    from tptrain.nodes import prepare_together
+
+    jobs: list[Job] = []
+
+    def prepare_first() -> Job:
+        jobs.append(prepare())
+        return jobs[0]
+
+    seconds, listener = config.launch.timeout_seconds, place.local_rank > 0
+    with Council(store.clone, place.node, place.nodes, seconds, listener) as council:
+        _, store_dir = prepare_together(council, config, prepare_first)
+    return (jobs[0] if jobs else None), store_dir
+
+
+def _find_others(meeting: Meeting, place: Place, timeout_seconds: float) -> Any:
+    """The store in which the ranks of all nodes find each other, once all have come."""
+    from torch.distributed import TCPStore
+
+    from tptrain import roll_call
+
+    timeout = timedelta(seconds=timeout_seconds)
+    store = roll_call.store_of_attempt(TCPStore(meeting.host, meeting.port, None, False, timeout=timeout), meeting.attempt)
+    roll_call.muster(store, place.rank, place.world_size, timeout_seconds)
+    return store
 
 
 def _join_group(config: Config, place: Place, store: Any = None) -> None:
@@ -285,6 +321,26 @@ def _waited_for(error: Exception) -> list[int]:
         return []
     named = failures.named_peer(error)
     return [named] if named is not None else list(roll_call.missing(store, dist.get_world_size()))
+
+
+def _tell_of_loss(run_dir: Path, place: Place, failure: failures.Failure, terminal: int) -> None:
+    """Say on the terminal that this machine's ranks lost another one, and why if that is known; rank 0 writes it into the status too."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    from tptrain import roll_call
+
+    cause = failures.recorded_cause(run_dir)
+    told = f"rank {cause.rank}: {cause.error}" if cause else ""
+    if not told and place.nodes > 1 and failure.waited_for is None and dist.is_initialized():
+        gone = roll_call.missing(_get_default_store(), place.world_size)
+        told = f"no word from rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}" if gone else ""
+    elif not told and place.nodes > 1:
+        told = failure.error
+    lost = f"rank {place.rank} lost another rank" + f" ({told})" * bool(told)
+    os.write(terminal, f"tptrain: {lost}; its log: {failures.log_path(run_dir, place.rank)}\n".encode())
+    if place.rank == 0:  # writes the status again: its last "running" may have come after the other's "failed"
+        write_status(run_dir, "failed", told if cause else lost)
 
 
 def threads(config: Config, local_ranks: int) -> int:
