@@ -16,6 +16,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch.distributed import Store
@@ -38,18 +39,29 @@ class LostNode(RuntimeError):
         self.farewell: dict[str, Any] = {"node": node, "kind": "failed", "text": text}
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How long a node may give no sign of life."""
+
+    seconds: float
+    since_last_sign: bool = False
+    """Counted from the last sign, else from when the waiting begins."""
+
+
 class Council:
     """One node's seat in it, to be used as a context manager: leaving it tells the others why."""
 
     def __init__(self, connect: Callable[[], Store], node: int, nodes: int, patience_seconds: float, listener: bool = False) -> None:
-        """connect: makes a connection to the store. patience_seconds: how long a node may give no sign of life.
+        """connect: makes a connection to the store. patience_seconds: how long a node may give no sign of life while it is waited for.
 
         listener: this process hears what is said, and the node's speaker is another.
         """
-        self.node, self.nodes, self.patience_seconds = node, nodes, patience_seconds
+        self.node, self.nodes, self._patience = node, nodes, Patience(patience_seconds)
         self._listener = listener
         self._line, self._beats = StoreLine(connect), StoreLine(connect)
         self._over = threading.Event()
+        self._pulses: dict[int, tuple[int, float]] = {}
+        """How often a node's heart has beaten, and when that was last seen to change."""
         self._lost: set[int] = set()
 
     def __enter__(self) -> Council:
@@ -58,33 +70,34 @@ class Council:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._listener:
+        self._over.set()
+        if self._listener or 0 in self._lost:
             return
         farewell = getattr(error, "farewell", None) or _farewell(self.node, error)
-        with contextlib.suppress(Unreachable):
-            self._line.do(lambda store: store.set(f"left/{self.node}", json.dumps(farewell)))
-            if self.node == 0:
-                self._see_off()
-        self._over.set()
+        self.mark(lambda store: store.set(f"left/{self.node}", json.dumps(farewell)))
+        if self.node == 0:
+            self._see_off()
 
-    def say(self, name: str, value: Any, patience_seconds: float | None = None) -> None:
-        """Leave what JSON can hold under `name`, for all. Raises LostNode where the store cannot be reached for so long."""
-        text, key = json.dumps(value), f"says/{name}/{self.node}"
+    def say(self, name: str, value: Any, patience: Patience | None = None) -> None:
+        """Leave what JSON can hold under `name`, for all. Raises LostNode where node 0 cannot be reached for so long."""
+        text, key, patience = json.dumps(value), f"says/{name}/{self.node}", patience or self._patience
+        _, seen = self._watch(0, patience)
+        while True:
+            try:
+                return self._line.do(lambda store: _put(store, key, text))
+            except Unreachable as error:
+                if time.monotonic() - seen > patience.seconds:
+                    raise self._lose(0, patience) from error
+            time.sleep(0.2)
 
-        def put(store: Store) -> bool:
-            store.set(key, text)
-            return store.check([key])  # which is answered, unlike a set
-
-        self._keep_trying(put, patience_seconds)
-
-    def hear(self, node: int, name: str, patience_seconds: float | None = None) -> Any:
+    def hear(self, node: int, name: str, patience: Patience | None = None) -> Any:
         """What a node says under `name`, once it does.
 
         Raises LostNode where it gives no sign of life for so long or has failed, ConfigError where it refused, Stopped where it was
         stopped.
         """
-        patience = self.patience_seconds if patience_seconds is None else patience_seconds
-        pulse, seen, pause = -1, time.monotonic(), 0.02
+        patience, pause = patience or self._patience, 0.02
+        pulse, seen = self._watch(node, patience)
 
         def ask(store: Store) -> tuple[bytes | None, bytes | None, int]:
             said, left = (store.get(key) if store.check([key]) else None for key in (f"says/{name}/{node}", f"left/{node}"))
@@ -94,14 +107,14 @@ class Council:
             with contextlib.suppress(Unreachable):
                 said, left, beat = self._line.do(ask)
                 if said is not None:
+                    self._pulses[node] = beat, time.monotonic()
                     return json.loads(said)
                 if left is not None:
                     raise _as_error(json.loads(left))
                 if beat != pulse:
                     pulse, seen = beat, time.monotonic()
-            if time.monotonic() - seen > patience:
-                self._lost.add(node)
-                raise LostNode(node, f"has given no sign of life for {patience:g} s")
+            if time.monotonic() - seen > patience.seconds:
+                raise self._lose(node, patience)
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
 
@@ -125,28 +138,41 @@ class Council:
         with contextlib.suppress(Unreachable):
             self._line.do(operation)
 
-    def _keep_trying(self, operation: Callable[[Store], Any], patience_seconds: float | None) -> None:
-        patience, began = self.patience_seconds if patience_seconds is None else patience_seconds, time.monotonic()
-        while True:
-            try:
-                self._line.do(operation)
-                return
-            except Unreachable as error:
-                if time.monotonic() - began > patience:
-                    raise LostNode(0, f"cannot be reached for {patience:g} s: {error}") from error
-            time.sleep(0.2)
+    def _watch(self, node: int, patience: Patience) -> tuple[int, float]:
+        """A node's last known pulse, and since when it counts as silent."""
+        count, seen = self._pulses.get(node, (-1, time.monotonic()))
+        return count, seen if patience.since_last_sign else time.monotonic()
+
+    def _lose(self, node: int, patience: Patience) -> LostNode:
+        self._lost.add(node)
+        return LostNode(node, f"has given no sign of life for {patience.seconds:g} s")
 
     def _beat(self) -> None:
+        """In a thread: give signs of life, and look for those of the others, which for all but node 0 is node 0 alone."""
+        others = range(1, self.nodes) if self.node == 0 else range(1)
+
+        def beat(store: Store) -> list[int]:
+            store.add(f"beat/{self.node}", 1)
+            return [store.add(f"beat/{other}", 0) for other in others]
+
         while not self._over.wait(_BEAT_SECONDS):
             with contextlib.suppress(Unreachable):
-                self._beats.do(lambda store: store.add(f"beat/{self.node}", 1))
+                for other, count in zip(others, self._beats.do(beat), strict=True):
+                    if self._pulses.get(other, (-1, 0.0))[0] != count:
+                        self._pulses[other] = count, time.monotonic()
 
     def _see_off(self) -> None:
         """Keep the store until the others have read what they need."""
         end = time.monotonic() + _FAREWELL_SECONDS
         others = [f"left/{node}" for node in range(1, self.nodes) if node not in self._lost]
-        while time.monotonic() < end and not self._line.do(lambda store: store.check(others)):
-            time.sleep(0.05)
+        with contextlib.suppress(Unreachable):
+            while time.monotonic() < end and not self._line.do(lambda store: store.check(others)):
+                time.sleep(0.05)
+
+
+def _put(store: Store, key: str, text: str) -> None:
+    store.set(key, text)
+    store.check([key])  # which is answered, unlike a set
 
 
 def _farewell(node: int, error: BaseException | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch.distributed import Store, TCPStore
 
 from tptrain import network
 from tptrain.config import Config, refuse
-from tptrain.council import Council, LostNode
+from tptrain.council import Council, LostNode, Patience
 from tptrain.failures import Outcome, say
 from tptrain.job import Meeting
 from tptrain.launch_config import LaunchConfig, split_master
@@ -29,7 +29,7 @@ from tptrain.roll_call import FELL, store_of_attempt
 
 _CONNECT = timedelta(seconds=5)
 _PATIENCE_SECONDS = 10.0
-"""How long a node whose ranks have failed waits for a sign of life of another, where there is no restart to wait for."""
+"""How long another node may have given no sign of life when the ranks have failed, where there is no restart to wait for."""
 
 
 class Crew:
@@ -67,11 +67,12 @@ class Crew:
         A node that cannot be reached is left out, and is then `without`; node 0's own absence lets each node judge for itself.
         """
         council, name = self.council, f"end {self._attempt}"
-        patience = self._config.launch.timeout_seconds if again else min(_PATIENCE_SECONDS, self._config.launch.timeout_seconds)
+        limit = self._config.launch.timeout_seconds
+        patience = Patience(limit) if again else Patience(min(_PATIENCE_SECONDS, limit), since_last_sign=True)
         try:
             council.say(name, asdict(outcome), patience)
             if council.node > 0:
-                end: dict[str, Any] = council.hear(0, f"{name}/all", patience + _PATIENCE_SECONDS)
+                end: dict[str, Any] = council.hear(0, f"{name}/all", patience)
                 return end
         except LostNode as lost:
             self.without = lost

@@ -114,10 +114,13 @@ def _persevere(job: Job, crew: Crew | None) -> Any:
 @contextlib.contextmanager
 def _crew(config: Config) -> Iterator[Crew]:
     """Meet the commands of the other nodes. Raises JobFailed, once it is told, where one of them is lost."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of each try to reach a node that is not there yet
+    level = os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ["TORCH_CPP_LOG_LEVEL"] = level or "FATAL"  # torch logs each try to reach a node that is not there; we say it once
     from tptrain import crew
     from tptrain.council import LostNode
 
+    if level is None:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # for the ranks, each of which it would warn that an address has no name
     try:
         with crew.meet(config) as met:
             _use_interface(met.interface)
