@@ -39,7 +39,7 @@ def start(folder: Path, *arguments: str, torchrun: int = 0, **variables: str) ->
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> Outcome:
+def finish(process: subprocess.Popen[str], timeout: float = 400) -> Outcome:
     """Wait for the command's end."""
     begin = time.monotonic()
     try:
@@ -67,7 +67,7 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
-def wait_until(condition, seconds: float = 30) -> None:
+def wait_until(condition, seconds: float = 120) -> None:
     """Poll until `condition()` holds. Raises AssertionError when it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():

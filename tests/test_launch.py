@@ -13,7 +13,7 @@ import pytest
 
 from tests.command import FAULTS, Outcome, command, finish, processes_of, start, wait_until
 from tests.support import small_config
-from tptrain import failures, launch, ranks, roll_call
+from tptrain import failures, launch, ranks
 from tptrain.config import ConfigError
 from tptrain.data.lock import locked
 from tptrain.failures import Failure
@@ -21,7 +21,7 @@ from tptrain.job import Job, Place
 from tptrain.pipeline.notation import dumps
 from tptrain.pipeline.schedules import one_forward_one_backward
 
-TINY = ("experiment=memorize", "wandb=disabled", "hydra.run.dir=run", "launch.timeout_seconds=60")
+TINY = ("experiment=memorize", "wandb=disabled", "hydra.run.dir=run", "launch.timeout_seconds=600")
 
 
 @pytest.fixture
@@ -75,6 +75,7 @@ def test_two_ranks_train_and_leave_logs_and_config(run_dir: Path):
     assert "rank 0 of 2, 3 threads, OMP 3" in outcome.out
     assert "rank 1" not in outcome.out
     assert "rank 1 of 2, 3 threads, OMP 3" in _log(run_dir, 1)
+    assert f"flights in {run_dir}/logs/flight-nccl-" in _log(run_dir, 1), "where NCCL's recorder is to write; it has no GPU here"
     assert (run_dir / "logs" / "rank-0.log").exists()
     assert _status(run_dir) == {"state": "done", "step": 10, "error": None}
     config = Job.load("train", run_dir, run_dir).config
@@ -86,6 +87,7 @@ def test_torchrun_ranks_share_one_run_folder(run_dir: Path):
     assert outcome.code == 0
     assert "rank 0 of 2" in outcome.out
     assert "rank 1 of 2" in _log(run_dir, 1)
+    assert f"flights in {run_dir}/logs/flight-nccl-" in _log(run_dir, 1)
     assert _status(run_dir)["state"] == "done"
     assert sorted(path.name for path in run_dir.parent.iterdir()) == ["outputs", "run"]
     assert [path.name for path in (run_dir.parent / "outputs").iterdir()] == ["token_stores"]
@@ -114,7 +116,7 @@ def test_torchrun_ranks_wait_for_the_data_longer_than_for_each_other(run_dir: Pa
 def test_a_raising_rank_ends_the_job_and_its_traceback_comes_first(run_dir: Path):
     outcome = _train(run_dir, "parallel=tp2", steps=5000, fault="raise:1")
     assert outcome.code == 1
-    assert outcome.seconds < 15
+    assert outcome.seconds < 200  # far from launch.timeout_seconds
     assert outcome.err.startswith("rank 1 failed:\nTraceback")
     assert outcome.err.endswith("RuntimeError: planted\nits log: run/logs/rank-1.log\n")
     assert "peer" not in outcome.err + outcome.out
@@ -126,7 +128,7 @@ def test_a_raising_rank_ends_the_job_and_its_traceback_comes_first(run_dir: Path
 def test_a_killed_rank_is_named_with_its_signal(run_dir: Path):
     outcome = _train(run_dir, "parallel=tp2", steps=5000, fault="kill:1")
     assert outcome.code == 1
-    assert outcome.seconds < 15
+    assert outcome.seconds < 200  # far from launch.timeout_seconds
     assert outcome.err.startswith("rank 1 was killed by SIGKILL (out of memory?")
     assert "Traceback" not in outcome.err
     assert _status(run_dir)["error"].startswith("rank 1 was killed by SIGKILL")
@@ -134,26 +136,24 @@ def test_a_killed_rank_is_named_with_its_signal(run_dir: Path):
 
 @pytest.mark.parametrize("frozen", [0, 2])
 def test_a_rank_frozen_in_a_sum_over_all_ranks_is_named(run_dir: Path, frozen: int):
-    """gloo's own error names nobody. The stand-in sums over all four ranks, so no rank waits for one neighbour alone."""
-    layout, limit = ("parallel=tp2_pp2", "launch.timeout_seconds=4"), 4
-    process = _start(run_dir, *layout, fault=f"freeze:{frozen}", until=5)
+    """gloo's own error names nobody. The stand-in sums over all four ranks, so no rank waits for one neighbour alone.
+
+    Some ranks run into the time limit, others only see the connections break that this ends; whoever leaves first can name the frozen.
+    """
+    process = _start(run_dir, "parallel=tp2_pp2", "launch.timeout_seconds=4", fault=f"freeze:{frozen}", until=5)
     log = run_dir / "logs" / f"rank-{frozen}.log"
-    wait_until(lambda: frozen == 0 or "frozen" in log.read_text())
+    wait_until(lambda: frozen == 0 or "frozen" in log.read_text(), seconds=60)
     pid = next(int(line.split()[0]) for line in _ranks(run_dir) if f"RANK={frozen}" in line.split())
-    began = time.time()
-    others = [rank for rank in range(4) if rank != frozen]
-    records = [run_dir / f"logs/rank-{rank}.error.json" for rank in others]
-    wait_until(lambda: all(path.exists() for path in records), seconds=60)
+    named = f"rank {frozen} did not answer in time"
+    wait_until(lambda: any(named in path.read_text() for path in run_dir.glob("logs/rank-*.error.json")), seconds=100)
     os.kill(pid, signal.SIGCONT)  # so that the launcher can end it at once
     outcome = finish(process)
-    found = [json.loads(path.read_text()) for path in records]
-    assert all(record["time"] < began + limit + roll_call.PATIENCE_SECONDS + 5 for record in found)
-    timed_out = [record for record in found if "imed out" in record["error"]]
-    assert timed_out
-    assert all(record["waited_for"] == frozen and f"(rank {frozen} did not answer in time)" in record["error"] for record in timed_out)
     assert outcome.code == 1
-    assert f"rank {frozen} did not answer in time" in outcome.err
-    assert f"(rank {frozen} did not answer in time)" in _status(run_dir)["error"]
+    assert named in outcome.err
+    assert f"({named})" in _status(run_dir)["error"]
+    recorded = json.loads(next(run_dir.glob("logs/flight-gloo-*.json")).read_text())
+    assert recorded["entries"][-1]["profiling_name"] == "gloo:all_reduce"
+    assert recorded["entries"][-1]["input_sizes"] == [[1000]]
 
 
 def test_a_refusal_by_the_ranks_is_one_line(run_dir: Path):
@@ -165,7 +165,7 @@ def test_a_refusal_by_the_ranks_is_one_line(run_dir: Path):
 def test_torchrun_shows_the_failing_rank_before_its_own_report(run_dir: Path):
     outcome = _train(run_dir, "parallel=tp2", steps=5000, fault="raise:1", torchrun=2)
     assert outcome.code == 1
-    assert outcome.seconds < 15
+    assert outcome.seconds < 200  # far from launch.timeout_seconds
     assert "rank 1 failed:\nTraceback" in outcome.err.split("ChildFailedError")[0]
     assert "Connection" not in outcome.err
     assert _status(run_dir)["error"] == "rank 1: RuntimeError: planted"
@@ -264,12 +264,14 @@ def test_kinds_of_errors():
         ({}, {0: -15, 1: 3}, 1),
         ({0: ("lost_peer", 9.0, 1), 1: ("lost_peer", 10.0, 2), 3: ("lost_peer", 11.0, 2)}, {0: 1, 1: 1, 2: -9, 3: 1}, 1),  # 2 froze
         ({0: ("lost_peer", 9.0, 1)}, {0: 1, 1: -9}, 0),
+        ({0: ("lost_peer", 8.0), 1: ("lost_peer", 9.0, 2, 3)}, {0: 1, 1: 1, 2: -9, 3: -15}, 1),  # two of them froze
+        ({0: ("lost_peer", 8.0, 1), 1: ("lost_peer", 9.0, 2)}, {0: 1, 1: -15, 2: -15}, 1),  # 0 waited for 1, and 1 for 2
     ],
 )
 def test_root_cause(records: dict, exits: dict, cause: int, tmp_path: Path):
     (tmp_path / "logs").mkdir()
     for rank, (kind, when, *waited_for) in records.items():
-        failure = Failure(rank, when, kind, "text", "Traceback", waited_for=waited_for[0] if waited_for else None)
+        failure = Failure(rank, when, kind, "text", "Traceback", waited_for=waited_for)
         failures._record_path(tmp_path, rank).write_text(json.dumps(failure.__dict__))
     found = failures.root_cause(tmp_path, {rank: (code, 20.0) for rank, code in exits.items()})
     assert found.rank == cause

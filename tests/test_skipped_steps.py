@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 from tests.support import small_config
 from tests.test_trainer import trainer_of
 from tptrain.config import Config, ConfigError
-from tptrain.mesh import build_mesh
+from tptrain.mesh import Mesh, build_mesh
 from tptrain.optim.guard import StepGuard
 from tptrain.step_watch import StepWatch
 from tptrain.stop import Wish
@@ -99,31 +99,49 @@ def test_spikes_by_hand() -> None:
         assert found[30] == [float(skips), 1.0]
 
 
-@pytest.mark.parametrize(("most", "bad", "ends_at"), [(0, {4}, 4), (2, {2, 3, 5, 6}, None), (2, {2, 3, 4}, 4), (9, {8}, 8)])
-def test_how_many_in_a_row_end_the_run(most: int, bad: set[int], ends_at: int | None, tmp_path: Path) -> None:
-    """Of eight steps; the last must be good."""
-    run_ranks(1, check_row, most, bad, ends_at, tmp_path)
+def test_how_many_in_a_row_end_the_run(tmp_path: Path) -> None:
+    """Of eight steps; the last must be good. A run that is asked to stop does so after a good step."""
+    run_ranks(1, check_rows, tmp_path)
 
 
-def check_row(rank: int, most: int, bad: set[int], ends_at: int | None, folder: Path) -> None:
+def check_rows(rank: int, folder: Path) -> None:
     (folder / "checkpoints/step-00000001").mkdir(parents=True)
-    config = small_config(train__max_skipped_steps=most, train__max_steps=8)
-    mesh, warnings = build_mesh(config.parallel, torch.device("cpu"), 60), []
-    trainer: Any = SimpleNamespace(config=config, mesh=mesh, skipped_steps=0, steps_done=0)
-    watch = StepWatch(trainer, SimpleNamespace(warn=warnings.append), folder, Wish())  # type: ignore[arg-type]
-    for step in range(1, 9):
-        result = StepResult(torch.ones(4, dtype=torch.float64) * 0, 0.1, torch.tensor([float(step in bad), 0.0], dtype=torch.float64))
-        result.begin_copy()
-        if step == ends_at:
+    config = small_config(train__max_steps=8)
+    mesh = build_mesh(config.parallel, torch.device("cpu"), 60)
+    for most, bad, ends_at in [(0, {4}, 4), (2, {2, 3, 5, 6}, None), (2, {2, 3, 4}, 4), (9, {8}, 8)]:
+        config.train.max_skipped_steps = most
+        watch, warnings = watch_of(config, mesh, folder)
+        for step in range(1, (ends_at or 9)):
+            watch.look(step, result_of(step in bad), now=False)
+            assert watch.in_doubt == (step in bad)
+        if ends_at is not None:
             with pytest.raises(FloatingPointError, match=r"the last good checkpoint is .*step-00000001"):
-                watch.look(step, result, now=False)
-            return
-        watch.look(step, result, now=False)
-        assert watch.in_doubt == (step in bad)
-    assert ends_at is None
-    assert watch.skipped == len(bad) == len(warnings)
-    assert "step 6" in warnings[-1]
-    assert "(2 in a row, 4 of all)" in warnings[-1]
+                watch.look(ends_at, result_of(skipped=True), now=False)
+        else:
+            assert watch.skipped == len(bad) == len(warnings)
+            assert "step 6" in warnings[-1]
+            assert "(2 in a row, 4 of all)" in warnings[-1]
+    watch, _ = watch_of(config, mesh, folder)
+    stops = []
+    for step in range(1, 6):
+        watch.look(step, result_of(skipped=step in (2, 3), asked=step >= 2), now=False)
+        stops.append(watch.stop)
+    assert stops == [False, False, False, True, True]
+
+
+def watch_of(config: Config, mesh: Mesh, folder: Path) -> tuple[StepWatch, list[str]]:
+    """A watch over a run that has taken no step, and what it will warn of."""
+    warnings: list[str] = []
+    trainer: Any = SimpleNamespace(config=config, mesh=mesh, skipped_steps=0, steps_done=0)
+    return StepWatch(trainer, SimpleNamespace(warn=warnings.append), folder, Wish()), warnings  # type: ignore[arg-type]
+
+
+def result_of(skipped: bool, asked: bool = False) -> StepResult:
+    """A step as its watch sees it."""
+    totals, verdict = ([0.0, 0.0, 0.0, float(asked)], [float(skipped), 0.0])
+    result = StepResult(torch.tensor(totals, dtype=torch.float64), 0.1, torch.tensor(verdict, dtype=torch.float64))
+    result.begin_copy()
+    return result
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"dp": 2, "tp": 2}], ids=str)

@@ -9,7 +9,7 @@ When one rank fails, all others fail too, a moment later, with errors of the con
 A rank that is frozen writes nothing, and is killed in the end because it does not stop; then the cause is that another waited for it
 in vain.
 
-So each rank leaves `logs/rank-N.error.json` before it tears anything down, and whoever started the ranks reads
+So each rank leaves `logs/rank-N.error.json` before it tears anything down (`last_words.py`), and whoever started the ranks reads
 these files and the exit codes, and shows the cause alone. Followers' tracebacks stay in `logs/rank-N.log`.
 """
 
@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from tptrain.config import ConfigError
@@ -36,6 +36,9 @@ _LOST_PEER_TEXT = re.compile(
 _TIMED_OUT_TEXT = re.compile(r"[Tt]imed? ?out|wait timeout")
 _LOST_PEER_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
+FLIGHT = "flight-"
+"""How the files in `logs/` begin that hold a rank's last communications."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -45,13 +48,14 @@ class Failure:
     time: float
     """Seconds since the epoch."""
     kind: str
-    """error: its own; refused: a ConfigError; lost_peer: it lost another rank; killed: by a signal; exit: left without a word."""
+    """error: its own; refused: a ConfigError; diverged: losses or gradients that are no numbers; lost_peer: it lost another rank;
+    killed: by a signal; exit: left without a word."""
     error: str
     """One line."""
     traceback: str = ""
     signal: int = 0
-    waited_for: int | None = None
-    """The rank that did not answer in time."""
+    waited_for: Sequence[int] = ()
+    """The ranks that did not answer in time, as far as they are known."""
 
 
 @dataclass
@@ -65,7 +69,11 @@ class Outcome:
 
 
 class JobFailed(RuntimeError):
-    """The job failed, and the terminal has been told why. The message is the cause in one line."""
+    """The job failed, and the terminal has been told why. The message is the cause in one line. kind: as of `Failure`."""
+
+    def __init__(self, message: str, kind: str = "error") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def log_path(run_dir: Path, rank: int) -> Path:
@@ -80,9 +88,11 @@ def one_line(error: BaseException) -> str:
 
 
 def kind_of(error: BaseException) -> str:
-    """`refused`, `lost_peer` where the error or one that it grew from is of the connection to another rank, else `error`."""
+    """`refused`, `diverged`, `lost_peer` where the error or one that it grew from is of the connection to another rank, else `error`."""
     if isinstance(error, ConfigError):
         return "refused"
+    if isinstance(error, FloatingPointError):
+        return "diverged"
     for link in _chain(error):
         is_runtime = isinstance(link, (RuntimeError, OSError))
         if type(link).__name__ in _LOST_PEER_TYPES or (is_runtime and _LOST_PEER_TEXT.search(str(link))):
@@ -98,28 +108,25 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or link.__context__
 
 
-def record(run_dir: Path, rank: int, error: BaseException, waited_for: Sequence[int] = ()) -> Failure:
-    """Write down that `rank` fell by `error`: the traceback into its log, all of it into `logs/rank-N.error.json`.
-
-    waited_for: the ranks that did not answer in time.
-    """
+def record(run_dir: Path, rank: int, error: BaseException) -> Failure:
+    """Write down that `rank` fell by `error`: the traceback into its log, all of it into `logs/rank-N.error.json`."""
     message = str(error) if isinstance(error, ConfigError) else one_line(error)
-    if waited_for and named_peer(error) is None:
-        silent = f"rank{'s' * (len(waited_for) > 1)} {', '.join(map(str, waited_for))} did not answer in time"
-        error.add_note(silent)
-        message += f" ({silent})"
     text = "".join(traceback.format_exception(error))
-    only = waited_for[0] if len(waited_for) == 1 else None
-    failure = Failure(rank, time.time(), kind_of(error), message, text, waited_for=only)
+    peer = named_peer(error)
+    failure = Failure(rank, time.time(), kind_of(error), message, text, waited_for=() if peer is None else (peer,))
     path = _record_path(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed into place: the reader never sees half a file, even if this rank is killed meanwhile.
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(asdict(failure), indent=1))
-    draft.replace(path)
-    with log_path(run_dir, rank).open("a") as log:
-        log.write(text)
+    _write(path, failure, text)
     return failure
+
+
+def name(run_dir: Path, failure: Failure, waited_for: Sequence[int]) -> Failure:
+    """Add to a record the ranks that did not answer in time."""
+    silent = f"rank{'s' * (len(waited_for) > 1)} {', '.join(map(str, waited_for))} did not answer in time"
+    text = f"{silent}\n"
+    named = replace(failure, error=f"{failure.error} ({silent})", traceback=failure.traceback + text, waited_for=tuple(waited_for))
+    _write(_record_path(run_dir, failure.rank), named, text)
+    return named
 
 
 def timed_out(error: BaseException) -> bool:
@@ -135,8 +142,9 @@ def named_peer(error: BaseException) -> int | None:
 
 def forget(run_dir: Path) -> None:
     """Remove what an earlier start in the same run folder left."""
-    for path in (run_dir / "logs").glob("rank-*.error.json"):
-        path.unlink(missing_ok=True)
+    for pattern in ("rank-*.error.json", f"{FLIGHT}*"):
+        for path in (run_dir / "logs").glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def root_cause(run_dir: Path, exits: dict[int, tuple[int, float]]) -> Failure:
@@ -145,17 +153,20 @@ def root_cause(run_dir: Path, exits: dict[int, tuple[int, float]]) -> Failure:
     exits: for each rank that did not leave with 0, its exit code (negative: minus the signal) and when it was seen.
     """
     records = {rank: _read(_record_path(run_dir, rank)) for rank in exits}
-    waiting = {rank: failure.waited_for for rank, failure in records.items() if failure and failure.waited_for is not None}
-    silent = set(waiting.values()) - waiting.keys()
-    failures = [records[rank] or _from_exit(rank, code, seen) for rank, (code, seen) in exits.items()]
-    return min(failures, key=lambda failure: (_suspicion(failure, silent), failure.time))
+    return _most_suspicious([records[rank] or _from_exit(rank, code, seen) for rank, (code, seen) in exits.items()])
 
 
 def recorded_cause(run_dir: Path) -> Failure | None:
-    """What the ranks' records alone show: the first error of a rank's own, or None where all of them lost another rank."""
-    records = [_read(path) for path in (run_dir / "logs").glob("rank-*.error.json")]
-    own = [failure for failure in records if failure and failure.kind != "lost_peer"]
-    return min(own, key=lambda failure: failure.time, default=None)
+    """What the ranks' records alone show: the first error of a rank's own, else who waited for whom in vain, else None."""
+    found = [_read(path) for path in (run_dir / "logs").glob("rank-*.error.json")]
+    records = [failure for failure in found if failure and (failure.kind != "lost_peer" or failure.waited_for)]
+    return _most_suspicious(records) if records else None
+
+
+def _most_suspicious(failures: Sequence[Failure]) -> Failure:
+    waiting = [failure for failure in failures if failure.waited_for]
+    silent = {rank for failure in waiting for rank in failure.waited_for} - {failure.rank for failure in waiting}
+    return min(failures, key=lambda failure: (_suspicion(failure, silent), failure.time))
 
 
 def describe(failure: Failure, run_dir: Path) -> str:
@@ -180,7 +191,7 @@ def _suspicion(failure: Failure, silent: set[int]) -> int:
     if failure.signal == signal.SIGTERM or (failure.signal == signal.SIGKILL and failure.rank in silent):
         return 4  # how a launcher stops the others
     if failure.kind == "lost_peer":
-        return 2 if failure.waited_for in silent else 3
+        return 2 if failure.waited_for and silent.issuperset(failure.waited_for) else 3
     if failure.signal == signal.SIGABRT or failure.kind == "exit":
         return 1  # gloo aborts a process whose connection broke at a bad moment
     return 0
@@ -192,6 +203,16 @@ def _from_exit(rank: int, code: int, seen: float) -> Failure:
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     hint = " (out of memory? the kernel kills the largest process: see dmesg)" if -code == signal.SIGKILL else ""
     return Failure(rank, seen, "killed", f"was killed by {name}{hint}", signal=-code)
+
+
+def _write(path: Path, failure: Failure, text: str) -> None:
+    """The record, and `text` at the end of the rank's log."""
+    # Renamed into place: the reader never sees half a file, even if this rank is killed meanwhile.
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(asdict(failure), indent=1))
+    draft.replace(path)
+    with log_path(path.parents[1], failure.rank).open("a") as log:
+        log.write(text)
 
 
 def _read(path: Path) -> Failure | None:

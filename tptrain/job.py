@@ -73,6 +73,12 @@ class Place:
         return self.rank // self.local_world_size
 
     @property
+    def neighbours(self) -> range:
+        """The ranks on this machine."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_world_size)
+
+    @property
     def nodes(self) -> int:
         """Machines of the job."""
         return self.world_size // self.local_world_size

@@ -37,6 +37,9 @@ from tptrain.stop import numbers as stop_signals
 if TYPE_CHECKING:
     from tptrain.crew import Crew
 
+_LEAST_MINUTES = 1e-6
+"""What train.max_minutes leaves to a restart once it has passed: the ranks stop after one step."""
+
 
 def start(config: Config, run_dir: Path, place: Place | None) -> float | None:
     """Train `config` in `run_dir`, and return the final validation loss, or None where there is none.
@@ -92,20 +95,25 @@ def _train(job: Job, apart: bool, crew: Crew | None = None) -> float | None:
 
 
 def _persevere(job: Job, crew: Crew | None) -> Any:
-    """Have ranks of our own train; where one fails, start them again, up to train.max_restarts times."""
+    """Have ranks of our own train; where one fails, start them again, up to train.max_restarts times.
+
+    A run that diverges would diverge again, and one that was asked to stop is not to go on: these are not started again.
+    """
     from tptrain.checkpoint.folder import complete_checkpoints
 
-    most = job.config.train.max_restarts
+    most, minutes, began = job.config.train.max_restarts, job.config.train.max_minutes, time.monotonic()
     for attempt in range(1, most + 1):
         try:
             return _spawn(job, crew, again=True)
-        except JobFailed:
-            if crew is not None and crew.without is not None:
+        except JobFailed as failed:
+            if failed.kind == "diverged" or job.wish.reason is not None or (crew is not None and crew.without is not None):
                 raise
             newest = complete_checkpoints(job.run_dir)
             failures.say(f"tptrain: restart {attempt} of {most}, from {newest[-1].name if newest else 'where the run began'}")
         if newest:  # what the run began from is behind it
             job.config.checkpoint.resume = "auto"
+        if minutes is not None:  # they count for all attempts together
+            job.config.train.max_minutes = max(minutes - (time.monotonic() - began) / 60, _LEAST_MINUTES)
         if crew is None or crew.council.node == 0:
             write_job(job)
     return _spawn(job, crew)
@@ -148,8 +156,10 @@ def _spawn(job: Job, crew: Crew | None = None, again: bool = False) -> Any:
     ConfigError if the ranks refused.
     """
     if crew is None:
+        _keep_flights(job.run_dir)
         return act_on(job, judge(job, run_ranks(job)))
     meeting = crew.begin()
+    _keep_flights(job.run_dir)
     try:
         outcome = run_ranks(job, meeting)
     except BaseException:
@@ -158,10 +168,11 @@ def _spawn(job: Job, crew: Crew | None = None, again: bool = False) -> Any:
     if outcome.exits:
         crew.fell()
     end = crew.conclude(outcome, partial(judge, job), again)
+    job.wish.reason = job.wish.reason or end.get("asked")
     if crew.without is None or "failure" not in end:
         return act_on(job, end)
     failure = Failure(**end["failure"])
-    if failure.kind == "lost_peer" and failure.waited_for is None:  # the other node's ranks are gone with it, and ours found out
+    if failure.kind == "lost_peer" and not failure.waited_for:  # the other node's ranks are gone with it, and ours found out
         failures.say(f"tptrain: {crew.without}")
         raise JobFailed(str(crew.without))
     try:
@@ -187,7 +198,7 @@ def _take_part(config: Config, run_dir: Path, place: Place) -> float | None:
     try:
         with contextlib.ExitStack() as listening:
             wish.announce = lambda: listening.enter_context(signals_stop(lambda number: wish.ask(number.name), echo_seconds=1.0))
-            value: float | None = ranks.joined(config, prepare, place, wish)
+            value: float | None = ranks.joined(config, prepare, place, wish, _keep_flights)
             return value
     except Stopped as stop:
         stop.exit_code = AGAIN
@@ -348,6 +359,15 @@ def _use_interface(name: str | None) -> None:
     if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def _keep_flights(run_dir: Path) -> None:
+    """Have NCCL's flight recorder write a rank's last communications into the run's logs before a time limit ends the rank.
+
+    Each rank makes a file `flight-nccl-N`, which `torchfrtrace` reads. The last name is an older one of the one before.
+    """
+    prefix = str(run_dir.absolute() / "logs" / f"{failures.FLIGHT}nccl-")
+    os.environ.update(TORCH_NCCL_DUMP_ON_TIMEOUT="1", TORCH_FR_DUMP_TEMP_FILE=prefix, TORCH_NCCL_DEBUG_INFO_TEMP_FILE=prefix)
 
 
 @contextlib.contextmanager

@@ -26,15 +26,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tptrain import failures, lifeline
+from tptrain import failures, last_words, lifeline, roll_call
 from tptrain.config import Config
 from tptrain.generate_config import GenerateConfig
 from tptrain.host_memory import keep_freed_memory
 from tptrain.job import ALONE, Job, Meeting, Place
 from tptrain.stop import ON_BEHALF, Stopped, Wish, follow_launcher
+from tptrain.stop import numbers as stop_signals
 
 _LONG = timedelta(days=30)
 """More than any preparation takes. Whoever waits so long is released earlier, with an error, where rank 0 dies."""
+
+_START_SECONDS = 300.0
+"""How long ranks may take to start after one another, where launch.timeout_seconds is shorter."""
 
 # ---- what ranks can do -----------------------------------------------------------------------------------
 
@@ -102,9 +106,9 @@ def inline(job: Job) -> Any:
             _leave_group()
 
 
-def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish) -> Any:
+def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish, begin: Callable[[Path], None]) -> Any:
     """Work as one of torchrun's ranks. prepare: makes the job; rank 0 calls it, and the others take the job from rank 0. wish: tells this
-    rank to stop.
+    rank to stop. begin: called with the run folder before the work.
 
     Raises JobFailed once this rank's failure is recorded and told, Stopped once all ranks have stopped, and what `prepare` raises.
     """
@@ -118,6 +122,7 @@ def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish)
         job = dataclasses.replace(job, store_dir=store_dir or job.store_dir)
         run_dir = job.run_dir
         _keep_log(run_dir, place.rank)
+        begin(run_dir)
         return WORKS[job.work].run(job)
     except Stopped:
         if wish.listening:
@@ -126,14 +131,7 @@ def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish)
     except Exception as error:
         if run_dir is None:
             raise
-        failure = failures.record(run_dir, place.rank, error, _waited_for(error))
-        if failure.kind != "lost_peer":
-            os.write(terminal, f"{failures.describe(failure, run_dir)}\n".encode())
-            time.sleep(0.5)  # until rank 0 waits for us, else its "running" may come after our "failed", and torchrun then stops it
-            write_status(run_dir, "failed", f"rank {place.rank}: {failure.error}")
-        elif place.local_rank == 0:  # speaks for all followers here; the rank with the cause, if it lives, speaks for itself
-            _tell_of_loss(run_dir, place, failure, terminal)
-        raise failures.JobFailed(failure.error) from error
+        raise failures.JobFailed(_tell(run_dir, place, error, terminal)) from error
 
 
 def spawned(work: str, run_dir: Path, store_dir: Path, place: Place, meeting: Meeting | None = None) -> NoReturn:
@@ -146,7 +144,7 @@ def spawned(work: str, run_dir: Path, store_dir: Path, place: Place, meeting: Me
     _keep_log(run_dir, place.rank)
     try:
         job = dataclasses.replace(Job.load(work, run_dir, store_dir, WORKS[work].config), wish=wish)
-        _join_group(job.config, place, _find_others(meeting, place, job.config.launch.timeout_seconds) if meeting else None)
+        _join_group(job.config, place, _store_at(meeting) if meeting else None)
         value = WORKS[work].run(job)
         if place.rank == 0:
             result_path(run_dir).write_text(json.dumps({"value": value}))
@@ -154,7 +152,7 @@ def spawned(work: str, run_dir: Path, store_dir: Path, place: Place, meeting: Me
         if place.rank == 0:
             result_path(run_dir).write_text(json.dumps({"stopped": str(stop)}))
     except Exception as error:
-        failures.record(run_dir, place.rank, error, _waited_for(error))
+        last_words.say(run_dir, place.rank, error)
         leave(1)
     leave(0)
 
@@ -204,6 +202,41 @@ def _write_pid(run_dir: Path, rank: int) -> None:
     draft = _pid_path(run_dir, rank).with_suffix(".pid.tmp")
     draft.write_text(str(os.getpid()))
     draft.replace(_pid_path(run_dir, rank))
+
+
+def _tell(run_dir: Path, place: Place, error: Exception, terminal: int) -> str:
+    """Of torchrun's ranks, which no launcher of ours speaks for: record why this one fell, and tell the terminal and the run's status.
+
+    A rank with an error of its own speaks for itself. Of those that lost another one, the first on a machine that has fallen
+    speaks for all there.
+    Returns the cause in one line.
+    """
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_DFL)  # torchrun may end us from here on
+    follows = failures.kind_of(error) == "lost_peer"
+    if follows and place.rank == 0:  # at once, while we may
+        _write_failed(run_dir, place.rank)
+    failure, silent = last_words.say(run_dir, place.rank, error)
+    if not follows:
+        os.write(terminal, f"{failures.describe(failure, run_dir)}\n".encode())
+        time.sleep(0.5)  # until rank 0 waits for us, else its "running" may come after our "failed", and torchrun then stops it
+        _write_failed(run_dir, place.rank)
+    elif place.rank == min({*place.neighbours} - {*silent}, default=None):
+        cause = _write_failed(run_dir, place.rank)
+        if cause is None:
+            log = failures.log_path(run_dir, place.rank)
+            who = f" (no word from rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))})" * bool(silent and place.nodes > 1)
+            os.write(terminal, f"tptrain: rank {place.rank} lost another rank{who}; its log: {log}\n".encode())
+        elif cause.kind == "lost_peer":
+            os.write(terminal, f"{failures.describe(cause, run_dir)}\n".encode())
+    return failure.error
+
+
+def _write_failed(run_dir: Path, rank: int) -> failures.Failure | None:
+    """Set the run's status to the cause that the ranks have recorded by now, and return it; without one `rank` lost another."""
+    cause = failures.recorded_cause(run_dir)
+    write_status(run_dir, "failed", f"rank {cause.rank}: {cause.error}" if cause else f"rank {rank} lost another rank")
+    return cause
 
 
 def _wait_for_all() -> None:
@@ -257,8 +290,7 @@ def _meet(config: Config, prepare: Callable[[], Job], place: Place) -> tuple[Job
             job = prepare()
             store.set(key, "")
         store.wait([key], _LONG)
-    store.set_timeout(timeout)
-    return job, store_dir, dist.PrefixStore("tptrain/group", store)
+    return job, store_dir, store
 
 
 def _meet_nodes(config: Config, prepare: Callable[[], Job], place: Place, store: Any) -> tuple[Job | None, Path]:
@@ -278,16 +310,12 @@ def _meet_nodes(config: Config, prepare: Callable[[], Job], place: Place, store:
     return (jobs[0] if jobs else None), store_dir
 
 
-def _find_others(meeting: Meeting, place: Place, timeout_seconds: float) -> Any:
-    """The store in which the ranks of all nodes find each other, once all have come."""
+def _store_at(meeting: Meeting) -> Any:
+    """The store in which the ranks of all nodes find each other."""
     from torch.distributed import TCPStore
 
-    from tptrain import roll_call
-
-    timeout = timedelta(seconds=timeout_seconds)
-    store = roll_call.store_of_attempt(TCPStore(meeting.host, meeting.port, None, False, timeout=timeout), meeting.attempt)
-    roll_call.muster(store, place.rank, place.world_size, timeout_seconds)
-    return store
+    limit = timedelta(seconds=_START_SECONDS)
+    return roll_call.store_of_attempt(TCPStore(meeting.host, meeting.port, None, False, timeout=limit), meeting.attempt)
 
 
 def _join_group(config: Config, place: Place, store: Any = None) -> None:
@@ -300,47 +328,18 @@ def _join_group(config: Config, place: Place, store: Any = None) -> None:
     on_gpu = config.hardware.device == "cuda"
     if on_gpu:
         torch.cuda.set_device(place.local_rank)
-    store = dist.HashStore() if store is None and place == ALONE else store
-    known = {"store": store, "rank": place.rank, "world_size": place.world_size} if store is not None else {}
     timeout = timedelta(seconds=config.launch.timeout_seconds)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, **known)
-
-
-def _waited_for(error: Exception) -> list[int]:
-    """Tell the others that this rank has fallen; the ranks that it waited for in vain, as far as that can be known."""
-    import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    from tptrain import roll_call
-
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return []
-    store = _get_default_store()
-    roll_call.fall(store, dist.get_rank())
-    if not failures.timed_out(error):
-        return []
-    named = failures.named_peer(error)
-    return [named] if named is not None else list(roll_call.missing(store, dist.get_world_size()))
-
-
-def _tell_of_loss(run_dir: Path, place: Place, failure: failures.Failure, terminal: int) -> None:
-    """Say on the terminal that this machine's ranks lost another one, and why if that is known; rank 0 writes it into the status too."""
-    import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    from tptrain import roll_call
-
-    cause = failures.recorded_cause(run_dir)
-    told = f"rank {cause.rank}: {cause.error}" if cause else ""
-    if not told and place.nodes > 1 and failure.waited_for is None and dist.is_initialized():
-        gone = roll_call.missing(_get_default_store(), place.world_size)
-        told = f"no word from rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}" if gone else ""
-    elif not told and place.nodes > 1:
-        told = failure.error
-    lost = f"rank {place.rank} lost another rank" + f" ({told})" * bool(told)
-    os.write(terminal, f"tptrain: {lost}; its log: {failures.log_path(run_dir, place.rank)}\n".encode())
-    if place.rank == 0:  # writes the status again: its last "running" may have come after the other's "failed"
-        write_status(run_dir, "failed", told if cause else lost)
+    if place == ALONE:
+        store = dist.HashStore()
+    else:  # ranks start up to minutes after one another, where their libraries come over a slow network
+        slowest = max(config.launch.timeout_seconds, _START_SECONDS)
+        if store is None:
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=slowest)))
+        roll_call.arrive(store, place.rank, place.world_size, slowest)
+        store.set_timeout(timeout)
+        store = dist.PrefixStore("tptrain/group", store)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=place.rank, world_size=place.world_size)
 
 
 def threads(config: Config, local_ranks: int) -> int:

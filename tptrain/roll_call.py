@@ -1,12 +1,12 @@
-"""Who is there, and who is missing.
+"""Who is missing: asked when ranks start, and once a rank has lost another in a communication.
 
-Before a job over several nodes its ranks say that they have come, in the store through which they find each other: whom it waits for
-in vain is then known by name, and a node whose ranks have failed calls the others' wait off.
+A pair's exchange knows its peer. A sum over many ranks that does not end only says that it took too long: each rank waits for
+its neighbour on a ring, which waits for its own. So every rank that falls says so in the store through which the ranks found
+each other, and one that lost another waits a moment for the others to do the same. Who stays silent is frozen, or cut off. Where the
+store itself does not answer, it is the way to rank 0's machine, which has it, that is cut.
 
-Later, a pair's exchange knows its peer. A sum over many ranks that does not end only says that it took too long: each rank waits for
-its neighbour on a ring, which waits for its own. So every rank that falls says so in that store, and one that ran into a time limit waits
-a moment for the others to do the same. Who stays silent is frozen, or cut off. Where the store itself does not answer, it is the way to
-rank 0's machine, which has it, that is cut.
+Whoever starts the ranks ends all of them as soon as one has left. So who ran into a time limit, and can name the silent, has to leave
+before who only saw a connection break, as connections do that a time limit has ended: the latter waits twice as long.
 """
 
 from __future__ import annotations
@@ -26,32 +26,27 @@ FELL = "tptrain/fell"
 """The key by which a node calls off an attempt whose ranks have not all come."""
 
 
-class Absent(RuntimeError):
-    """Ranks have not come. waited_for: the one, where it is one."""
-
-    def __init__(self, missing: Sequence[int], seconds: float) -> None:
-        super().__init__(f"timed out after {seconds:g} s of waiting for rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}")
-        self.waited_for = missing[0] if len(missing) == 1 else None
-
-
 def store_of_attempt(store: Store, attempt: int) -> Store:
     """The part of a store in which the ranks of one start find each other."""
     return PrefixStore(f"attempt/{attempt}", store)
 
 
-def muster(store: Store, rank: int, world_size: int, timeout_seconds: float) -> None:
-    """Return once all ranks have come.
+def arrive(store: Store, rank: int, world_size: int, limit_seconds: float) -> None:
+    """Say that `rank` has started, and return once all have.
 
-    Raises Absent for those that have not within the time given, RuntimeError where a node has called the attempt off or the store is gone.
+    Raises RuntimeError, which names those that have not, after the limit; also where a node has called it off or the store is gone.
     """
-    end, keys = time.monotonic() + timeout_seconds, [f"tptrain/here/{other}" for other in range(world_size)]
-    within(timeout_seconds, lambda: store.set(keys[rank], ""))
-    while not within(timeout_seconds, lambda: store.check(keys)):
-        if within(timeout_seconds, lambda: store.check([FELL])):
-            raise RuntimeError("Connection closed: the ranks of another node have failed before they came")
+    arrived = [f"tptrain/arrived/{each}" for each in range(world_size)]
+    end, pause = time.monotonic() + limit_seconds, 0.01
+    within(limit_seconds, partial(store.set, arrived[rank], ""))
+    while not within(limit_seconds, partial(store.check, arrived)):
+        if store.check([FELL]):
+            raise RuntimeError("Connection closed: ranks of another node have failed before they started")
         if time.monotonic() > end:
-            raise Absent([other for other, key in enumerate(keys) if not store.check([key])], timeout_seconds)
-        time.sleep(0.05)
+            late = [str(each) for each, key in enumerate(arrived) if not store.check([key])]
+            raise RuntimeError(f"timed out: rank{'s' * (len(late) > 1)} {', '.join(late)} did not start within {limit_seconds:g} s")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
 
 
 def fall(store: Store, rank: int) -> None:
@@ -60,13 +55,16 @@ def fall(store: Store, rank: int) -> None:
         within(PATIENCE_SECONDS, lambda: store.set(_key(rank), ""))
 
 
-def missing(store: Store, world_size: int, patience_seconds: float = PATIENCE_SECONDS) -> Sequence[int]:
-    """The ranks that have not fallen within the time given: none where all have or the store is gone, rank 0 where it does not answer."""
+def missing(store: Store, world_size: int, patience_seconds: float, known: Sequence[int] = ()) -> Sequence[int]:
+    """The ranks that have not fallen within the time given: none where all have or the store is gone, rank 0 where it does not answer.
+
+    known: ranks that are not waited for, as they are known to be missing.
+    """
     end = time.monotonic() + patience_seconds
     silent = list(range(world_size))
     try:
-        while silent and time.monotonic() < end:
-            silent = [rank for rank in silent if not within(patience_seconds, partial(store.check, [_key(rank)]))]
+        while {*silent} - {*known} and time.monotonic() < end:
+            silent = [rank for rank in silent if not within(PATIENCE_SECONDS, partial(store.check, [_key(rank)]))]
             time.sleep(0.05)
     except Silent:
         return [0]

@@ -68,14 +68,14 @@ def run_ranks(job: Job, meeting: Meeting | None = None) -> Outcome:
 
 
 def judge(job: Job, outcome: Outcome) -> dict[str, Any]:
-    """What the ranks' ends mean: {"value": rank 0's}, {"stopped": why} or {"failure": the root cause}."""
+    """What the ranks' ends mean: {"value": rank 0's}, {"stopped": why} or {"failure": the root cause, "asked": the signal, if any}."""
     if not outcome.exits:
         result: dict[str, Any] = json.loads(ranks.result_path(job.run_dir).read_text())
         return result
     cause = failures.root_cause(job.run_dir, outcome.exits)
     if outcome.asked is not None and cause.kind in ("killed", "lost_peer"):  # some had left the training, or not yet begun it
         return {"stopped": f"stopped by {outcome.asked}"}
-    return {"failure": asdict(cause)}
+    return {"failure": asdict(cause), "asked": outcome.asked}
 
 
 def act_on(job: Job, end: dict[str, Any]) -> Any:
@@ -92,7 +92,8 @@ def _tell(run_dir: Path, cause: Failure) -> Exception:
     if cause.kind == "refused":
         return ConfigError(cause.error)
     failures.say(failures.describe(cause, run_dir))
-    return JobFailed(f"rank {cause.rank} {cause.error}" if cause.kind in ("killed", "exit") else f"rank {cause.rank}: {cause.error}")
+    between = " " if cause.kind in ("killed", "exit") else ": "
+    return JobFailed(f"rank {cause.rank}{between}{cause.error}", cause.kind)
 
 
 @contextlib.contextmanager

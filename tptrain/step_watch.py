@@ -29,7 +29,7 @@ class StepWatch:
         self._unseen: deque[tuple[int, StepResult]] = deque()
         self._in_a_row = 0
         self.stop = False
-        """Whether all ranks stop now."""
+        """Whether all ranks stop now: one was asked to, and the newest step was taken, so that it can be saved."""
         trainer.asked = self._asked
         wish.listen()
 
@@ -68,8 +68,8 @@ class StepWatch:
 
     def _look_at(self, step: int, result: StepResult) -> None:
         stop, skipped, spike = result.facts()
-        self.stop |= stop
         self._in_a_row = self._in_a_row + 1 if skipped else 0
+        self.stop = (self.stop or stop) and not skipped  # a rank that was asked is asked for good, and says so at each step
         self._trainer.skipped_steps += skipped
         if not (skipped or spike):
             return

@@ -59,7 +59,7 @@ def train(config: Config, run_dir: Path, store_dir: Path, wish: Wish | None = No
             if waits:
                 result.wait()  # for the device, so that the clock stops after the step
             watch.look(step, result, waits)
-            saves = (saves or watch.stop) and not watch.in_doubt
+            saves = (saves and not watch.in_doubt) or watch.stop
             timer.step()
             with timer.paused():
                 if logs:
@@ -69,7 +69,7 @@ def train(config: Config, run_dir: Path, store_dir: Path, wish: Wish | None = No
                     report.trace(step, trainer.spans, zero)
                 if evaluates:
                     val_loss = evaluate(trainer, report, watch)
-                    saves = saves or (watch.stop and not watch.in_doubt)
+                    saves = saves or watch.stop
                 if saves:
                     save_checkpoint(trainer, run_dir)
                     report.saved(step)
@@ -95,7 +95,7 @@ def evaluate(trainer: Trainer, report: Report, watch: StepWatch) -> float | None
         try:
             losses = trainer.evaluate()
         except BrokenOff:
-            watch.stop = True
+            watch.stop = not watch.in_doubt
         else:
             trainer.evaluation_due = False
             report.evaluation(trainer.steps_done, losses)

@@ -41,6 +41,7 @@ def train(config, run_dir, store_dir, wish):
     rank = dist.get_rank()
     assert store_dir.is_dir()
     print(f"rank {rank} of {dist.get_world_size()}, {torch.get_num_threads()} threads, OMP {os.environ['OMP_NUM_THREADS']}", flush=True)
+    print(f"flights in {os.environ['TORCH_FR_DUMP_TEMP_FILE']}" if dist.get_world_size() > 1 else "alone")
     for step in range(config.train.max_steps):
         total = torch.ones(1000)
         dist.all_reduce(total)

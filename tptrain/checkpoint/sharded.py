@@ -1,4 +1,6 @@
-"""Saving and loading a training state with `torch.distributed.checkpoint`.
+"""Saving and loading a training state with `torch.distributed.checkpoint`: what is written by whom, and read by whom, in any layout.
+
+The bytes are written and read by `writer.py` and `reader.py`.
 
 Every tensor has one key, its parameter's name in the whole model: `model.layers.17.mlp.up.weight` and
 `optimizer.layers.17.mlp.up.weight.exp_avg`. The tensors are DTensors, so the files describe logical tensors and any
@@ -21,6 +23,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
 from tptrain.checkpoint.folder import checkpoint_folder, partial_folder, publish, read_state, rotate
+from tptrain.checkpoint.manifest import DamagedCheckpoint
+from tptrain.checkpoint.reader import FittingPlanner, TileReader, UnfitCheckpoint
+from tptrain.checkpoint.writer import TileWriter
 
 
 def save(
@@ -42,10 +47,8 @@ def save(
     if first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier(group=world)  # each rank's writer makes the folder where it finds none
-    with _plain_errors(f"saving {final} failed"):
-        writer = dcp.FileSystemWriter(partial, sync_files=True)
-        dcp.save(training_tensors(parameters, optimizer), storage_writer=writer, process_group=world)
+    dist.barrier(group=world)
+    write_tensors(partial, training_tensors(parameters, optimizer), world)
     if first:
         publish(partial, state)
         rotate(run_dir, keep)
@@ -58,25 +61,48 @@ def load(
 ) -> dict[str, Any]:
     """Fill parameters and their optimizer state from a checkpoint of any layout. All ranks call this. Returns the saved state."""
     materialise_state(optimizer)
-    with _plain_errors(f"loading {folder} failed"):
-        dcp.load(training_tensors(parameters, optimizer), storage_reader=dcp.FileSystemReader(folder), process_group=world)
+    read_tensors(folder, training_tensors(parameters, optimizer), world)
     return read_state(folder)
 
 
 def load_model(folder: Path, stage: nn.Module, world: dist.ProcessGroup) -> dict[str, Any]:
     """Fill a stage alone, in its parameters' dtype, from a checkpoint of any layout. All ranks call this. Returns the saved state."""
     tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in stage.named_parameters()}
-    with _plain_errors(f"loading {folder} failed"):
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), process_group=world)
+    read_tensors(folder, tensors, world)
     return read_state(folder)
 
 
 def load_whole(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill whole plain tensors, by their names in the whole model, from a checkpoint of any layout. One process alone calls this."""
-    wanted: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in tensors.items()}
-    with _plain_errors(f"loading {folder} failed"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what is meant
-        dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    read_tensors(folder, {f"model.{name}": tensor for name, tensor in tensors.items()}, None)
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
+    """Write tensors into a folder that exists: each part once, by one of the ranks that have it.
+
+    All ranks of `group` call this, from any thread, with the tensors that they have: DTensors, or plain ones, which are equal on all ranks
+    that have them. When it returns, each rank's file and `tensors.json` are on disk. Raises OSError on all ranks where one has it.
+    """
+    with _plain_errors(f"writing {folder}"):
+        planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        dcp.save(dict(tensors), storage_writer=TileWriter(folder), planner=planner, process_group=group)
+
+
+def read_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    """Fill tensors, DTensors or plain ones, of any dtype, from a checkpoint of any layout.
+
+    All ranks of `group` call this, each with its own tensors; without a group it concerns this process alone. Raises on all ranks what the
+    first one that fails meets: DamagedCheckpoint, or UnfitCheckpoint where a tensor is not there or has another shape. Some tensors may
+    have been filled by then.
+    """
+    reader, planner = TileReader(folder), FittingPlanner(folder)
+    with _plain_errors(f"reading {folder}"):
+        if group is not None:
+            dcp.load(dict(tensors), storage_reader=reader, planner=planner, process_group=group)
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what is meant
+            dcp.load(dict(tensors), storage_reader=reader, planner=planner, no_dist=True)
 
 
 def training_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -104,9 +130,11 @@ def materialise_state(optimizer: torch.optim.Optimizer) -> None:
 
 @contextlib.contextmanager
 def _plain_errors(what: str) -> Iterator[None]:
-    """Turn CheckpointException, which is no Exception and lists every rank's trace, into a RuntimeError with the first cause."""
+    """Turn CheckpointException, which is no Exception and lists every rank's trace, into the first rank's own error, in one line."""
     try:
         yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
-        raise RuntimeError(f"{what} on rank {rank}: {type(cause).__name__}: {cause}") from cause
+        if isinstance(cause, (OSError, DamagedCheckpoint, UnfitCheckpoint)):
+            raise cause from None
+        raise RuntimeError(f"{what} failed on rank {rank}: {type(cause).__name__}: {cause}") from cause
