@@ -3,6 +3,7 @@
     hosta 10.77.0.11 ── eth0 ~~ switch (a namespace with a bridge) ~~ eth0 ── hostb 10.77.0.12
 
 All share the file system, the processes and the clock of this machine, and nothing of it is changed: names carry this process's id.
+What a command is not to see of the file system is hidden from it alone.
 As Debian sets it up, a host knows its own name as 127.0.1.1, and there is no name server. Needs root and iproute2.
 """
 
@@ -57,9 +58,24 @@ class Hosts:
         """A host's own address."""
         return f"10.77.0.{11 + self.letters.index(letter)}"
 
-    def on(self, letter: str) -> list[str]:
-        """What to put before a command line to run it on a host. The process that this starts becomes the command."""
-        return ["ip", "netns", "exec", self._space(letter), "unshare", "--uts", "sh", "-c", f'hostname host{letter}; exec "$@"', "sh"]
+    def on(self, letter: str, hidden: Path | None = None) -> list[str]:
+        """What to put before a command line to run it on a host. The process that this starts becomes the command.
+
+        hidden: a folder in whose place the command sees an empty one.
+        """
+        hide = f"mount -t tmpfs none '{hidden}'; " if hidden else ""  # ip gives the command a table of mounts of its own
+        return [
+            "ip",
+            "netns",
+            "exec",
+            self._space(letter),
+            "unshare",
+            "--uts",
+            "sh",
+            "-ec",
+            f'{hide}hostname host{letter}; exec "$@"',
+            "sh",
+        ]
 
     def processes(self, letter: str) -> Sequence[int]:
         """Ids of what runs on a host."""
