@@ -100,7 +100,7 @@ def _persevere(job: Job, crew: Crew | None) -> Any:
 
     A run that diverges would diverge again, and one that was asked to stop is not to go on: these are not started again.
     """
-    from tptrain.checkpoint.folder import complete_checkpoints
+    from tptrain.checkpoint.folder import complete_checkpoints, home_of
 
     most, minutes, began = job.config.train.max_restarts, job.config.train.max_minutes, time.monotonic()
     for attempt in range(1, most + 1):
@@ -109,7 +109,7 @@ def _persevere(job: Job, crew: Crew | None) -> Any:
         except JobFailed as failed:
             if failed.kind == "diverged" or job.wish.reason is not None or (crew is not None and crew.without is not None):
                 raise
-            newest = complete_checkpoints(job.run_dir)
+            newest = complete_checkpoints(home_of(job.config.checkpoint, job.run_dir))
             failures.say(f"tptrain: restart {attempt} of {most}, from {newest[-1].name if newest else 'where the run began'}")
         if newest:  # what the run began from is behind it
             job.config.checkpoint.resume = "auto"
@@ -350,16 +350,20 @@ def _prepare(config: Config, run_dir: Path) -> Job:
 
     Raises ConfigError.
     """
-    from tptrain.checkpoint.folder import find_start
     from tptrain.checkpoint.hugging_face.folder import check_folder
+    from tptrain.checkpoint.start import find_start, make_home, pass_over
     from tptrain.data import keep_tokenizer, prepare
 
-    start = find_start(config, run_dir)
+    make_home(config)
+    damage: dict[Path, str] = {}
+    start = find_start(config, run_dir, damage)
     if start is None and config.train.init_from is not None:
         check_folder(config.train.init_from, config.model)
     job = Job("train", config, run_dir.absolute(), prepare(config, print))
     keep_tokenizer(config.data, job.store_dir, job.run_dir, start)
     write_job(job)
+    for line in pass_over(damage, start):
+        failures.say(f"tptrain: {line}")
     return job
 
 
