@@ -18,8 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tptrain.checkpoint.folder import find_start
 from tptrain.checkpoint.hugging_face.folder import check_folder
+from tptrain.checkpoint.start import find_start
 from tptrain.config import Config, ConfigError, refuse
 from tptrain.council import Council
 from tptrain.data import StoreError, prepare
