@@ -17,7 +17,8 @@ ALLOWED: dict[str, set[str]] = {
     # what everybody may know
     "config_error": set(),
     "data_config": {"config_error"},
-    "config": {"config_error", "data_config"},
+    "launch_config": {"config_error"},
+    "config": {"config_error", "data_config", "launch_config"},
     "files": set(),
     "lifeline": set(),
     "stop": set(),
@@ -32,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"tensor_parallel", "model"},
     "pipeline_decoder": {"pipeline", "model", "mesh"},
     "row_losses": {"tensor_parallel", "model", "pipeline", "mesh"},
-    "generate_config": {"config"},
+    "generate_config": {"config", "launch_config"},
     "eval_config": {"config", "generate_config"},
     "export_config": {"config", "generate_config"},
     "plot_config": {"config"},
@@ -46,12 +47,18 @@ ALLOWED: dict[str, set[str]] = {
     # from a command to running ranks
     "job": {"config", "stop"},
     "failures": {"config"},
-    "roll_call": set(),
+    "network": set(),
+    "store_line": set(),
+    "roll_call": {"store_line"},
     "last_words": {"failures", "roll_call"},
+    "council": {"config", "stop", "store_line"},
+    "nodes": {"checkpoint", "config", "council", "data", "job"},
+    "crew": {"config", "council", "failures", "job", "launch_config", "network", "roll_call"},
     "host_memory": set(),
     "refusal": {"config", "job"},
     "ranks": {
         "config",
+        "council",
         "eval_config",
         "evaluate",
         "failures",
@@ -61,6 +68,7 @@ ALLOWED: dict[str, set[str]] = {
         "last_words",
         "lifeline",
         "monitor",
+        "nodes",
         "roll_call",
         "stop",
         "train",
@@ -69,12 +77,29 @@ ALLOWED: dict[str, set[str]] = {
         "generate",
     },
     "scheduler": {"config_error"},
-    "launch": {"checkpoint", "config", "data", "failures", "job", "monitor", "plan", "ranks", "scheduler", "stop"},
+    "spawn": {"config", "failures", "job", "ranks", "stop"},
+    "launch": {
+        "checkpoint",
+        "config",
+        "council",
+        "crew",
+        "data",
+        "failures",
+        "job",
+        "monitor",
+        "network",
+        "nodes",
+        "plan",
+        "ranks",
+        "scheduler",
+        "spawn",
+        "stop",
+    },
     "slurm": {"config", "files", "job", "plan"},
     "verdict": set(),
     "doctor": {"config", "mesh", "tensor_parallel", "model", "plan"},
     "consult": {"config", "doctor", "failures", "files", "job", "launch"},
-    "prove": {"checkpoint", "config", "data", "failures", "files", "job", "launch", "verdict"},
+    "prove": {"checkpoint", "config", "data", "failures", "files", "job", "launch", "launch_config", "verdict"},
     "answer": {"checkpoint", "config", "data", "failures", "generate_config", "job", "launch"},
     "examine": {
         "answer",
@@ -185,19 +210,9 @@ def test_the_parser_sees_imports() -> None:
 
 
 BEFORE_RANKS = {"config", "generate_config", "files", "data", "job", "failures", "refusal", "launch", "ranks", "answer", "plan", "cli"}
-BEFORE_RANKS |= {
-    "consult",
-    "last_words",
-    "roll_call",
-    "export",
-    "export_config",
-    "lifeline",
-    "monitor",
-    "plot",
-    "plot_config",
-    "prove",
-    "survey",
-}
+BEFORE_RANKS |= {"launch_config", "network", "nodes", "spawn"}
+BEFORE_RANKS |= {"export", "export_config", "lifeline", "monitor", "plot", "plot_config", "prove", "survey"}
+BEFORE_RANKS |= {"consult", "last_words", "roll_call"}
 
 
 def test_no_torch_before_the_ranks_start() -> None:

@@ -193,7 +193,7 @@ def main() -> NoReturn:
     if code == 2:
         from tptrain import launch
 
-        launch.let_rank_0_speak()
+        launch.let_first_rank_speak()
     if "torch" in sys.modules:
         from tptrain import ranks
 
@@ -215,7 +215,8 @@ def _run(arguments: list[str]) -> int:
     overrides = [_as_text(override, verb.texts) for override in verb.fill_in(overrides)]
     if place is not None:
         _check_single_run(flags, overrides, place)
-    if not verb.keeps or (place is not None and place.rank > 0):
+        launch.check_restarts(place, any(override.startswith("hydra.run.dir=") for override in overrides))
+    if not verb.keeps or (place is not None and place.rank > 0) or _is_later_node(overrides):
         overrides = _without_folder(overrides)
     sys.argv[1:] = [*flags, *overrides]
     try:
@@ -309,6 +310,12 @@ def _is_sweep(flags: list[str], overrides: list[str]) -> bool:
     return bool({"-m", "--multirun"} & set(flags)) or "hydra.mode=multirun" in [override.lower() for override in overrides]
 
 
+def _is_later_node(overrides: list[str]) -> bool:
+    """Whether this is the command of a node that takes node 0's run folder."""
+    ranks = [override.partition("=")[2] for override in overrides if override.lstrip("+").startswith("launch.node_rank=")]
+    return bool(ranks) and ranks[-1].isdecimal() and int(ranks[-1]) > 0
+
+
 def _as_text(override: str, texts: Mapping[str, str]) -> str:
     """`word=TEXT` so that Hydra reads it as that text, whatever is in it, for a word of `texts`.
 
@@ -386,6 +393,8 @@ def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
         cfg.wandb.group = near(settings.sweep.dir)  # where the jobs are found, on disk as in W&B
     job = f"job {settings.job.num} ({settings.job.override_dirname}): " if sweeping else ""
     try:
+        if sweeping and verb.run is train and cfg.launch.nodes > 1:
+            raise refuse("launch.nodes", cfg.launch.nodes, "cannot be with -m, which is one machine's", "start each job by itself")
         value = verb.run(cfg, run_dir)
         launch.end_of_task(failed=False)
         return value
@@ -472,7 +481,7 @@ def _discard(run_dir: Path) -> None:
 
 
 def _say(message: object) -> None:
-    """One line on stderr; of several ranks, rank 0's."""
+    """One line on stderr; of several ranks on a machine, the first's."""
     from tptrain import launch
 
     if launch.is_first_rank():

@@ -76,12 +76,42 @@ class Place:
     world_size: int
     local_rank: int
     local_world_size: int
-    """Ranks on this machine."""
+    """Ranks on this machine; on each other as many."""
     own_gpu: bool = False
     """Whether the launcher shows this process one GPU alone, its own, instead of all that the machine has."""
 
+    @property
+    def node(self) -> int:
+        """Which machine this is."""
+        return self.rank // self.local_world_size
+
+    @property
+    def neighbours(self) -> range:
+        """The ranks on this machine."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_world_size)
+
+    @property
+    def nodes(self) -> int:
+        """Machines of the job."""
+        return self.world_size // self.local_world_size
+
 
 ALONE = Place(rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks that the commands of several nodes start find each other."""
+
+    host: str
+    port: int
+    attempt: int
+    """How often the ranks have been started before."""
+    first_rank: int
+    """The first of this node's ranks."""
+    world_size: int
+    """Ranks of all nodes."""
 
 
 def schema(kind: Any = Config) -> Any:
