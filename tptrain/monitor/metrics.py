@@ -32,7 +32,7 @@ class MetricsFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not self.path.exists()
         _cut_back(self.path, resume_step, evaluation_due)
-        self.earlier = None if is_new else read_metrics(run_dir, resume_step)
+        self.earlier = None if is_new else read_metrics(run_dir)
         """The records that stay, or None where there was no file."""
         self._file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (open as long as the run)
 
@@ -47,13 +47,13 @@ class MetricsFile:
         self._file.close()
 
 
-def read_metrics(run_dir: Path, last_step: int | None = None) -> list[Record]:
-    """All records, up to last_step, in the order in which they were written; none where there is no file. Skips a torn last line."""
+def read_metrics(run_dir: Path) -> list[Record]:
+    """All records, in the order in which they were written; none where there is no file. Skips a torn last line."""
     try:
         lines = (Path(run_dir) / "metrics.jsonl").read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    return [record for line in lines if (last_step is None or _stays(line, last_step)) and (record := _parse(line)) is not None]
+    return [record for line in lines if (record := _parse(line)) is not None]
 
 
 def train_record(
