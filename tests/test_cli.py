@@ -38,7 +38,7 @@ def test_refused_in_one_line(name: str, tmp_path: Path):
     print(f"{outcome.seconds:.2f} s {outcome.err}")
     _check_refusal(outcome.err, key, remedy)
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.seconds < 5  # 0.4 s alone on the machine
+    assert outcome.seconds < 20  # 0.4 s alone on the machine
     assert not list(tmp_path.rglob("*.log"))
     assert not list(tmp_path.rglob(".hydra"))
 
