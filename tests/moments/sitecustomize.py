@@ -84,9 +84,12 @@ def plant(moment, strike):
     if moment == "optimizer":  # in its step, not in the one that makes room for what is loaded
         before(Trainer, "update", None, when=lambda trainer, *_: trainer.optimizer.register_step_pre_hook(lambda *_: strike()) is None)
     if moment == "save":
-        struck = []
-        before(TileWriter, "write_data", lambda: (struck.append(True), strike()))
-        before(Trainer, "step", wait_for_signal, when=lambda trainer: struck)  # it may be saved in the background
+        import tptrain.train
+
+        saving = []
+        before(tptrain.train, "save_checkpoint", lambda: saving.append(True))
+        before(TileWriter, "write_data", strike)  # in the background
+        before(Trainer, "step", wait_for_signal, when=lambda trainer: saving)
     if moment == "evaluation":
         before(Trainer, "_evaluate", strike)
     if moment == "sampling":
