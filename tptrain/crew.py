@@ -129,7 +129,7 @@ def _addresses(host: str, master: str) -> tuple[str, str]:
 def _listen(launch: LaunchConfig, address: str, own: str, port: int) -> TCPStore:
     """The store in which the nodes meet, served by this process. Raises ConfigError."""
     if own != address and not network.is_loopback(own):
-        rule = f"is {address}, but node 0 is this machine, {own}"
+        rule = f"leads to {address}, but node 0 is this machine, {own}"
         raise refuse("launch.master", launch.master, rule, f"use launch.master={own} on every node, or another launch.node_rank here")
     try:
         return TCPStore(address, port, None, True, timeout=_CONNECT, wait_for_workers=False)
