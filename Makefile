@@ -28,6 +28,7 @@ bench: $(READY)  ## Measure speed; results print as ratios
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.pipeline_overhead
 	$(BIN)/python -m benchmarks.tokenising
+	$(BIN)/python -m benchmarks.checkpoints
 
 clean:  ## Remove .venv, caches and tokenised data; runs stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist outputs/token_stores

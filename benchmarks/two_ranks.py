@@ -82,11 +82,11 @@ def our_step(trainer: Trainer) -> tuple[float, float]:
 # ---- ranks -----------------------------------------------------------------------------------------------
 
 
-def start(measure: Callable[[Any], None], options: Any) -> None:
-    """Call `measure(options)` on two ranks of one thread each, with gloo as the default process group, and wait for them."""
+def start(measure: Callable[[Any], None], options: Any, ranks: int = RANKS) -> None:
+    """Call `measure(options)` on `ranks` ranks of one thread each, with gloo as the default process group, and wait for them."""
     os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")  # before the ranks load torch
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_run, (folder, measure, options), nprocs=RANKS)
+        torch.multiprocessing.spawn(_run, (folder, measure, options, ranks), nprocs=ranks)
 
 
 def start_pairs(measure: Callable[[Pair], dict[str, Any]], options: Any, sides: Sequence[str]) -> dict[str, Any]:
@@ -147,17 +147,17 @@ def _run_pair(number: int, folder: str, measure: Callable[[Pair], dict[str, Any]
     _run(number % RANKS, str(pair.folder / pair.side), keep, options)
 
 
-def _run(rank: int, folder: str, measure: Callable[[Any], None], options: Any) -> None:
+def _run(rank: int, folder: str, measure: Callable[[Any], None], options: Any, ranks: int = RANKS) -> None:
     torch.set_num_threads(1)
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timeout)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timeout)
     measure(options)
     barrier()
     os._exit(0)  # a gloo thread may abort a process that ends in the usual way
 
 
 def barrier() -> None:
-    """Wait for the other rank without computing."""
+    """Wait for the other ranks without computing."""
     dist.barrier(group=dist.group.WORLD)
 
 

@@ -67,11 +67,14 @@ ALLOWED: dict[str, set[str]] = {
         "stop",
         "train",
         "check",
+        "doctor",
         "generate",
     },
     "spawn": {"config", "failures", "job", "ranks", "stop"},
     "launch": {"checkpoint", "config", "council", "crew", "data", "failures", "job", "network", "nodes", "plan", "ranks", "spawn", "stop"},
     "verdict": set(),
+    "doctor": {"config", "mesh", "tensor_parallel", "model", "plan"},
+    "consult": {"config", "doctor", "failures", "files", "job", "launch", "launch_config"},
     "prove": {"checkpoint", "config", "data", "failures", "files", "job", "launch", "launch_config", "verdict"},
     "answer": {"checkpoint", "config", "data", "failures", "generate_config", "job", "launch"},
     "survey": {"config", "data", "data_config", "files", "monitor"},
@@ -80,6 +83,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         "answer",
         "config",
+        "consult",
         "export",
         "export_config",
         "generate_config",
@@ -161,15 +165,34 @@ def test_the_parser_sees_imports() -> None:
 
 
 BEFORE_RANKS = {"config", "generate_config", "files", "data", "job", "failures", "refusal", "launch", "ranks", "answer", "plan", "cli"}
-BEFORE_RANKS |= {"launch_config", "network", "nodes", "spawn"}
-BEFORE_RANKS |= {"export", "export_config", "lifeline", "monitor", "plot", "plot_config", "prove", "survey"}
+BEFORE_RANKS |= {
+    "consult",
+    "council",
+    "crew",
+    "last_words",
+    "launch_config",
+    "network",
+    "nodes",
+    "roll_call",
+    "spawn",
+    "store_line",
+    "export",
+    "export_config",
+    "lifeline",
+    "monitor",
+    "plot",
+    "plot_config",
+    "prove",
+    "survey",
+}
 
 
 def test_no_torch_before_the_ranks_start() -> None:
     """At the top of a module, that is: a refused config and a help text must not wait seconds for torch."""
     schedules = {path for path in (PACKAGE / "pipeline").glob("*.py") if path.stem not in ("engine", "transfer", "clock")}
     assert not any("mesh" in imported_rooms(path) for path in schedules), "which needs torch"
-    plain = [PACKAGE / "checkpoint" / "folder.py"]
+    plain = [PACKAGE / "checkpoint" / f"{name}.py" for name in ("folder", "manifest", "start")]
+    plain += [PACKAGE / "doctor" / f"{name}.py" for name in ("judge", "needs", "record", "show", "units", "versions")]
     plain += [path for path in (PACKAGE / "checkpoint" / "hugging_face").glob("*.py") if path.stem != "weights"]
     paths = [path for path in MODULES if room_of(path) in BEFORE_RANKS] + plain
     for path in [*paths, *schedules, PACKAGE / "model" / "flops.py"]:

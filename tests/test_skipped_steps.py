@@ -133,7 +133,8 @@ def watch_of(config: Config, mesh: Mesh, folder: Path) -> tuple[StepWatch, list[
     """A watch over a run that has taken no step, and what it will warn of."""
     warnings: list[str] = []
     trainer: Any = SimpleNamespace(config=config, mesh=mesh, skipped_steps=0, steps_done=0)
-    return StepWatch(trainer, SimpleNamespace(warn=warnings.append), folder, Wish()), warnings  # type: ignore[arg-type]
+    saver: Any = SimpleNamespace(home=folder / "checkpoints", wait=lambda: None)
+    return StepWatch(trainer, SimpleNamespace(warn=warnings.append), saver, Wish()), warnings  # type: ignore[arg-type]
 
 
 def result_of(skipped: bool, asked: bool = False) -> StepResult:

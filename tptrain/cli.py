@@ -69,6 +69,14 @@ def check(cfg: DictConfig, run_dir: Path) -> None:
     prove.check(typed(cfg), run_dir)
 
 
+def doctor(cfg: DictConfig, run_dir: Path) -> None:
+    """Examine the ranks of a layout and the links between them; also under a launcher."""
+    from tptrain import launch
+    from tptrain.consult import doctor as consult
+
+    consult(typed(cfg), run_dir, launch.given_place())
+
+
 def generate(cfg: DictConfig, run_dir: Path) -> None:
     """Write text with a run's model: `run=FOLDER prompt=TEXT`."""
     from tptrain import launch
@@ -130,6 +138,7 @@ VERBS = {
     "train": Verb(train),
     "check": Verb(check),
     "data": Verb(data),
+    "doctor": Verb(doctor),
     "generate": Verb(generate, "generate", GenerateConfig, {"prompt": "prompt", "checkpoint": "checkpoint.load"}, keeps=False),
     "export": Verb(export, "export", ExportConfig, {"run": "run", "to": "to", "checkpoint": "checkpoint.load"}, keeps=False),
     "plan": Verb(plan, keeps=False),

@@ -99,7 +99,7 @@ def _persevere(job: Job, crew: Crew | None) -> Any:
 
     A run that diverges would diverge again, and one that was asked to stop is not to go on: these are not started again.
     """
-    from tptrain.checkpoint.folder import complete_checkpoints
+    from tptrain.checkpoint.folder import complete_checkpoints, home_of
 
     most, minutes, began = job.config.train.max_restarts, job.config.train.max_minutes, time.monotonic()
     for attempt in range(1, most + 1):
@@ -108,7 +108,7 @@ def _persevere(job: Job, crew: Crew | None) -> Any:
         except JobFailed as failed:
             if failed.kind == "diverged" or job.wish.reason is not None or (crew is not None and crew.without is not None):
                 raise
-            newest = complete_checkpoints(job.run_dir)
+            newest = complete_checkpoints(home_of(job.config.checkpoint, job.run_dir))
             failures.say(f"tptrain: restart {attempt} of {most}, from {newest[-1].name if newest else 'where the run began'}")
         if newest:  # what the run began from is behind it
             job.config.checkpoint.resume = "auto"
@@ -124,6 +124,8 @@ def _crew(config: Config) -> Iterator[Crew]:
     """Meet the commands of the other nodes. Raises JobFailed, once it is told, where one of them is lost."""
     level = os.environ.get("TORCH_CPP_LOG_LEVEL")
     os.environ["TORCH_CPP_LOG_LEVEL"] = level or "FATAL"  # torch logs each try to reach a node that is not there; we say it once
+    import torch.distributed  # noqa: F401  # which reads the level
+
     from tptrain import crew
     from tptrain.council import LostNode
 
@@ -198,7 +200,7 @@ def _take_part(config: Config, run_dir: Path, place: Place) -> float | None:
     try:
         with contextlib.ExitStack() as listening:
             wish.announce = lambda: listening.enter_context(signals_stop(lambda number: wish.ask(number.name), echo_seconds=1.0))
-            value: float | None = ranks.joined(config, prepare, place, wish, _keep_flights)
+            value: float | None = ranks.joined("train", config, prepare, place, wish, _keep_flights)
             return value
     except Stopped as stop:
         stop.exit_code = AGAIN
@@ -215,6 +217,19 @@ def run(job: Job, apart: bool = False) -> Any:
     _set_environment(job.config, None)
     write_job(job)
     return ranks.inline(job) if job.config.processes == 1 and not apart else _spawn(job)
+
+
+def take_part(job: Job, place: Place) -> Any:
+    """Do rank 0's `job` as one of a launcher's ranks, which a signal ends at once; this rank's value. Raises what `ranks.joined` does."""
+    _set_environment(job.config, place)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ranks.die_with_parent()
+
+    def prepare() -> Job:
+        write_job(job)
+        return job
+
+    return ranks.joined(job.work, job.config, prepare, place, job.wish, _keep_flights)
 
 
 def given_place() -> Place | None:
@@ -311,16 +326,20 @@ def _prepare(config: Config, run_dir: Path) -> Job:
 
     Raises ConfigError.
     """
-    from tptrain.checkpoint.folder import find_start
     from tptrain.checkpoint.hugging_face.folder import check_folder
+    from tptrain.checkpoint.start import find_start, make_home, pass_over
     from tptrain.data import keep_tokenizer, prepare
 
-    start = find_start(config, run_dir)
+    make_home(config)
+    damage: dict[Path, str] = {}
+    start = find_start(config, run_dir, damage)
     if start is None and config.train.init_from is not None:
         check_folder(config.train.init_from, config.model)
     job = Job("train", config, run_dir.absolute(), prepare(config, print))
     keep_tokenizer(config.data, job.store_dir, job.run_dir, start)
     write_job(job)
+    for line in pass_over(damage, start):
+        failures.say(f"tptrain: {line}")
     return job
 
 

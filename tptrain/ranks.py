@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tptrain import failures, last_words, lifeline, roll_call
-from tptrain.config import Config
+from tptrain.config import Config, ConfigError
 from tptrain.generate_config import GenerateConfig
 from tptrain.host_memory import keep_freed_memory
 from tptrain.job import ALONE, Job, Meeting, Place
@@ -71,6 +71,20 @@ def _generate(job: Job) -> dict[str, float]:
     return generate(job.config)
 
 
+def _doctor(job: Job) -> dict[str, Any] | None:
+    """What there is to say about the machines of the ranks."""
+    from tptrain.doctor.examine import examine
+
+    return examine(job.config, job.run_dir, job.store_dir)
+
+
+def _same_versions(store: Any, place: Place, timeout_seconds: float) -> None:
+    """Whether the ranks can be compared at all."""
+    from tptrain.doctor.versions import agree
+
+    agree(store, place.rank, place.world_size, timeout_seconds)
+
+
 @dataclass(frozen=True)
 class Work:
     """One thing that ranks can do."""
@@ -79,12 +93,18 @@ class Work:
     """Every rank calls it; rank 0's value, which JSON can hold, goes back to the launcher."""
     config: type = Config
     """The schema of the job's `config.yaml`. It has the groups `hardware` and `launch`, and `processes`."""
+    shares: bool = False
+    """Whether the ranks of several machines need one run folder, and each machine the same tokens."""
+    before: Callable[[Any, Place, float], None] | None = None
+    """Called on each of several ranks before there is a process group, with the store in which they found each other and the seconds for
+    which they wait for each other. What it refuses, it refuses on every rank."""
 
 
 WORKS = {
-    "train": Work(_train),
+    "train": Work(_train, shares=True),
     "check-twin": Work(_check_twin),
     "check-layout": Work(_check_layout),
+    "doctor": Work(_doctor, before=_same_versions),
     "generate": Work(_generate, GenerateConfig),
 }
 """By the name that travels to the ranks."""
@@ -96,7 +116,7 @@ WORKS = {
 def inline(job: Job) -> Any:
     """Work in this very process: a group of one in memory, no network, and a debugger works. Returns the work's value."""
     with _log(job.run_dir, 0):
-        _join_group(job.config, ALONE)
+        _join_group(job.work, job.config, ALONE)
         try:
             return WORKS[job.work].run(job)
         except Exception as error:
@@ -106,7 +126,7 @@ def inline(job: Job) -> Any:
             _leave_group()
 
 
-def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish, begin: Callable[[Path], None]) -> Any:
+def joined(work: str, config: Config, prepare: Callable[[], Job], place: Place, wish: Wish, begin: Callable[[Path], None]) -> Any:
     """Work as one of torchrun's ranks. prepare: makes the job; rank 0 calls it, and the others take the job from rank 0. wish: tells this
     rank to stop. begin: called with the run folder before the work.
 
@@ -115,9 +135,9 @@ def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish,
     terminal = os.dup(sys.stderr.fileno())
     run_dir: Path | None = None
     try:
-        job, store_dir, store = _meet(config, prepare, place)
+        job, store_dir, store = _meet(work, config, prepare, place)
         run_dir = job.run_dir if job else None
-        _join_group(config, place, store)
+        _join_group(work, config, place, store)
         job = dataclasses.replace(_from_rank_0(job), wish=wish)
         job = dataclasses.replace(job, store_dir=store_dir or job.store_dir)
         run_dir = job.run_dir
@@ -129,7 +149,7 @@ def joined(config: Config, prepare: Callable[[], Job], place: Place, wish: Wish,
             _wait_for_all()  # torchrun ends the others as soon as one has left with an exit code that is not 0
         raise
     except Exception as error:
-        if run_dir is None:
+        if run_dir is None or (isinstance(error, ConfigError) and not _has_group()):  # every rank refuses, and the first says so
             raise
         raise failures.JobFailed(_tell(run_dir, place, error, terminal)) from error
 
@@ -144,7 +164,7 @@ def spawned(work: str, run_dir: Path, store_dir: Path, place: Place, meeting: Me
     _keep_log(run_dir, place.rank)
     try:
         job = dataclasses.replace(Job.load(work, run_dir, store_dir, WORKS[work].config), wish=wish)
-        _join_group(job.config, place, _store_at(meeting) if meeting else None)
+        _join_group(work, job.config, place, _store_at(meeting) if meeting else None)
         value = WORKS[work].run(job)
         if place.rank == 0:
             result_path(run_dir).write_text(json.dumps({"value": value}))
@@ -272,7 +292,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _meet(config: Config, prepare: Callable[[], Job], place: Place) -> tuple[Job | None, Path | None, Any]:
+def _meet(work: str, config: Config, prepare: Callable[[], Job], place: Place) -> tuple[Job | None, Path | None, Any]:
     """Rank 0's job, once it is prepared, on rank 0 alone; the token store of this node, where it may be another than rank 0's; and the
     store over which torchrun's ranks find each other.
 
@@ -283,7 +303,7 @@ def _meet(config: Config, prepare: Callable[[], Job], place: Place) -> tuple[Job
     timeout, key = timedelta(seconds=config.launch.timeout_seconds), "tptrain/prepared"
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     job, store_dir = None, None
-    if place.nodes > 1:
+    if place.nodes > 1 and WORKS[work].shares:
         job, store_dir = _meet_nodes(config, prepare, place, dist.PrefixStore("tptrain/nodes", store))
     else:
         if place.rank == 0:
@@ -318,7 +338,7 @@ def _store_at(meeting: Meeting) -> Any:
     return roll_call.store_of_attempt(TCPStore(meeting.host, meeting.port, None, False, timeout=limit), meeting.attempt)
 
 
-def _join_group(config: Config, place: Place, store: Any = None) -> None:
+def _join_group(work: str, config: Config, place: Place, store: Any = None) -> None:
     """Make the default process group: gloo, and NCCL too on GPUs. One rank alone needs no network. store: where torchrun's ranks met."""
     import torch
     import torch.distributed as dist
@@ -337,6 +357,8 @@ def _join_group(config: Config, place: Place, store: Any = None) -> None:
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=slowest)))
         roll_call.arrive(store, place.rank, place.world_size, slowest)
         store.set_timeout(timeout)
+        if (before := WORKS[work].before) is not None:
+            before(dist.PrefixStore("tptrain/before", store), place, config.launch.timeout_seconds)
         store = dist.PrefixStore("tptrain/group", store)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=timeout, store=store, rank=place.rank, world_size=place.world_size)
@@ -351,10 +373,14 @@ def threads(config: Config, local_ranks: int) -> int:
     return max(1, cores // local_ranks)
 
 
-def _leave_group() -> None:
+def _has_group() -> bool:
     distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    return bool(distributed and distributed.is_available() and distributed.is_initialized())
+
+
+def _leave_group() -> None:
+    if _has_group():
+        sys.modules["torch.distributed"].destroy_process_group()
 
 
 def _from_rank_0(job: Job | None) -> Job:

@@ -141,9 +141,9 @@ class Report:
             self._log(record)
             self.console.evaluation(record)
 
-    def saved(self, step: int) -> None:
-        """Note a complete checkpoint."""
-        if self.speaks:
+    def saved(self, step: int | None) -> None:
+        """Note a checkpoint that has become complete; None: there is none."""
+        if self.speaks and step is not None:
             write_status(self.run_dir, "running", step)
 
     def warn(self, text: str) -> None:

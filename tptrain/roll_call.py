@@ -15,10 +15,12 @@ import contextlib
 import time
 from collections.abc import Sequence
 from functools import partial
-
-from torch.distributed import PrefixStore, Store
+from typing import TYPE_CHECKING
 
 from tptrain.store_line import Silent, Unreachable, within
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 PATIENCE_SECONDS = 5.0
 """How long the others may take to fall as well: ranks enter a sum at different moments of a step."""
@@ -28,6 +30,8 @@ FELL = "tptrain/fell"
 
 def store_of_attempt(store: Store, attempt: int) -> Store:
     """The part of a store in which the ranks of one start find each other."""
+    from torch.distributed import PrefixStore
+
     return PrefixStore(f"attempt/{attempt}", store)
 
 

@@ -1,5 +1,8 @@
 """Python imports this file at its start when its folder is on PYTHONPATH: `tptrain.train` becomes a stand-in in every rank.
 
+FAULT=version:RANK and FAULT=busy:RANK are of another kind, for `tptrain doctor`: that rank has another torch by name, or from its
+measurements on shares a core with a busy loop that takes nine tenths of it, however busy the machine is besides.
+
 The stand-in sums a vector over the ranks until told otherwise by FAULT=WHAT:RANK. Its results are of no use to anyone,
 its failures are: they happen in mid-run, while the other ranks wait in a collective.
 """
@@ -55,6 +58,31 @@ def train(config, run_dir, store_dir, wish):
         write_status(run_dir, "done", config.train.max_steps)
     return 1.5
 
+
+def _report_another_torch():
+    from importlib import metadata
+
+    version = metadata.version
+    metadata.version = lambda name: "1.0.0" if name == "torch" else version(name)
+
+
+class _BusyCore:
+    """Looks like a finder of modules. Only the rank's main thread gets less than the busy loop, as those before have their priority."""
+
+    def find_spec(self, name, path, target=None):
+        if name == "tptrain.doctor.matmul":
+            import subprocess
+
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+            loop = "import os\nrank = os.getppid()\nwhile os.getppid() == rank: pass"
+            subprocess.Popen([sys.executable, "-I", "-S", "-c", loop])
+            os.nice(10)
+
+
+if os.environ.get("FAULT") == f"version:{os.environ.get('RANK')}":
+    _report_another_torch()
+if os.environ.get("FAULT") == f"busy:{os.environ.get('RANK')}":
+    sys.meta_path.insert(0, _BusyCore())
 
 _module = types.ModuleType("tptrain.train")
 _module.train = train

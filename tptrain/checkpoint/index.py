@@ -4,12 +4,13 @@ Every tensor has one key, its parameter's name in the whole model: `model.layers
 `optimizer.layers.17.mlp.up.weight.exp_avg`. It lies on disk as boxes (chunks) that together are a grid over it:
 
     {"format": 1, "tensors": {
-    "model.embedding.weight": {"dtype": "float32", "shape": [257, 32], "chunks": [
+    "model.embedding.weight": {"dtype": "float32", "shape": [257, 32], "parts": [1, 1], "chunks": [
         {"file": "rank-00000.tensors", "at": 0, "offset": [0, 0], "size": [129, 32], "xxh3_64": "5a0f...c3"},
         {"file": "rank-00001.tensors", "at": 0, "offset": [129, 0], "size": [128, 32], "xxh3_64": "90be...17"}]},
     ...}}
 
-A chunk's tiles (tiles.py) stand in its file from byte `at` on, one after the other, little-endian; `xxh3_64` has 16 hex digits for each.
+`parts` says how finely a tensor is cut into tiles (tiles.py). A chunk's tiles stand in its file from byte `at` on, one after the other,
+little-endian; `xxh3_64` has 16 hex digits for each.
 
 Whatever is read here may be spoilt or made by an enemy: nothing of it is believed before it is checked.
 """
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 
 from tptrain.checkpoint.manifest import DamagedCheckpoint, file_size, read_json
-from tptrain.checkpoint.tiles import Tile, tiles_of
+from tptrain.checkpoint.tiles import Tile, grid, tiles_of
 from tptrain.files import write_atomically
 
 TENSORS_FILE = "tensors.json"
@@ -36,6 +37,7 @@ CHECKSUM_DIGITS = 16
 _DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _DTYPES}
 """What a tensor's numbers can be, by the name on disk."""
+_PARTS = {1 << power for power in range(13)}
 _FILE = re.compile(r"rank-\d{5,}\.tensors")
 _DIGITS = re.compile(r"[0-9a-f]*")
 
@@ -63,12 +65,14 @@ class StoredTensor:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    parts: tuple[int, ...]
+    """For how many ranks each dimension is cut into tiles."""
     chunks: dict[tuple[int, ...], Chunk]
     """By their offsets."""
 
     def tiles(self, chunk: Chunk) -> list[Tile]:
         """The tiles of one of its chunks."""
-        return tiles_of(self.shape, chunk.offset, chunk.size, self.dtype.itemsize)
+        return tiles_of(grid(self.shape, self.parts, chunk.offset, chunk.size), self.dtype.itemsize)
 
 
 def write_index(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -79,7 +83,8 @@ def write_index(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
             {"file": chunk.file, "at": chunk.at, "offset": chunk.offset, "size": chunk.size, "xxh3_64": chunk.checksums}
             for _, chunk in sorted(tensor.chunks.items())
         ]
-        entry = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": tensor.shape, "chunks": chunks}
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        entry = {"dtype": dtype, "shape": tensor.shape, "parts": tensor.parts, "chunks": chunks}
         lines.append(f"{json.dumps(key)}: {json.dumps(entry)}")
     text = ",\n".join(lines)
     write_atomically(folder / TENSORS_FILE, f'{{"format": {FORMAT}, "tensors": {{\n{text}\n}}}}\n'.encode())
@@ -97,7 +102,7 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
         try:
             found[key] = _tensor(entry)
         except _Wrong as wrong:
-            raise DamagedCheckpoint(path, f"has {wrong} of {key!r}") from None
+            raise DamagedCheckpoint(path, f"is wrong about {key!r}: {wrong}") from None
         for chunk in found[key].chunks.values():
             if chunk.file not in sizes:
                 sizes[chunk.file] = file_size(folder / chunk.file)
@@ -116,15 +121,20 @@ def _tensor(entry: Any) -> StoredTensor:
     """An entry, checked."""
     if not isinstance(entry, dict) or entry.get("dtype") not in _DTYPES:
         raise _Wrong("an unknown dtype")
-    shape = _numbers(entry.get("shape"), "shape")
+    shape, parts = _numbers(entry.get("shape"), "shape"), _numbers(entry.get("parts"), "parts")
+    if 0 in shape:
+        raise _Wrong("an empty shape")
+    if len(parts) != len(shape) or not all(number in _PARTS for number in parts):
+        raise _Wrong("wrong parts")
     listed = entry.get("chunks")
     if not isinstance(listed, list):
         raise _Wrong("no chunks")
     chunks = [_chunk(chunk, len(shape)) for chunk in listed]
-    tensor = StoredTensor(DTYPES[entry["dtype"]], shape, {chunk.offset: chunk for chunk in chunks})
+    tensor = StoredTensor(DTYPES[entry["dtype"]], shape, parts, {chunk.offset: chunk for chunk in chunks})
     if len(tensor.chunks) != len(chunks) or not _is_grid(tensor):
         raise _Wrong(f"chunks that do not cover {list(shape)} once")
-    if any(len(chunk.checksums) != CHECKSUM_DIGITS * len(tensor.tiles(chunk)) for chunk in chunks):
+    counts = [math.prod(len(edges) - 1 for edges in grid(shape, parts, chunk.offset, chunk.size)) for chunk in chunks]
+    if any(len(chunk.checksums) != CHECKSUM_DIGITS * count for chunk, count in zip(chunks, counts, strict=True)):
         raise _Wrong("too many or too few checksums")
     return tensor
 
@@ -155,8 +165,6 @@ def _is_grid(tensor: StoredTensor) -> bool:
     Ranks split dimensions, so chunks that somebody has saved are one, and none overlap or are missing.
     """
     starts = [sorted(set(firsts)) for firsts in zip(*tensor.chunks, strict=True)]
-    if 0 in tensor.shape:
-        return not tensor.chunks
     if len(tensor.chunks) != math.prod(map(len, starts)) or any(firsts[0] != 0 for firsts in starts):
         return False
     ends = [dict(zip(firsts, [*firsts[1:], whole], strict=True)) for firsts, whole in zip(starts, tensor.shape, strict=True)]

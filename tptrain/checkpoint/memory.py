@@ -25,16 +25,18 @@ class Scratch:
 
     def __init__(self) -> None:
         self._memory = torch.empty(BATCH_BYTES + BATCH_TILES * _ALIGNMENT, dtype=torch.uint8)
+        self._bytes = as_bytes(self._memory)
         self._used = 0
 
-    def take(self, dtype: torch.dtype, size: Sequence[int]) -> Tensor:
-        """A contiguous tensor, uninitialised. It is valid until `clear`."""
+    def take(self, dtype: torch.dtype, size: Sequence[int]) -> tuple[Tensor, memoryview]:
+        """A contiguous tensor, uninitialised, and its bytes. They are valid until `clear`."""
         length = math.prod(size) * dtype.itemsize
         if self._used + length > self._memory.numel():  # one tile that is larger than a batch
             self._memory, self._used = torch.empty(length, dtype=torch.uint8), 0
+            self._bytes = as_bytes(self._memory)
         first = self._used
         self._used = -(-(first + length) // _ALIGNMENT) * _ALIGNMENT
-        return self._memory[first : first + length].view(dtype).view(tuple(size))
+        return self._memory[first : first + length].view(dtype).view(tuple(size)), self._bytes[first : first + length]
 
     def clear(self) -> None:
         """Take it all back."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -35,8 +35,7 @@ class UnfitCheckpoint(Exception):
     """A checkpoint is whole, but lacks tensors that are asked for, or has them in another shape. One line that names some."""
 
 
-@dataclass(frozen=True)
-class _Read:
+class _Read(NamedTuple):
     """A tile that is wanted."""
 
     key: str
@@ -81,8 +80,8 @@ class TileReader(StorageReader):
             raise self._damage
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Leave out what is empty."""
-        return replace(plan, items=[item for item in plan.items if 0 not in item.lengths])
+        """Nothing to add."""
+        return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Each rank reads for itself."""
@@ -124,14 +123,18 @@ class TileReader(StorageReader):
 
 
 class FittingPlanner(DefaultLoadPlanner):
-    """torch's planner, which looks first whether the checkpoint is of this model."""
+    """torch's planner, which looks first whether the checkpoint is of this model.
+
+    A rank's plan concerns no other rank, so it stays here instead of travelling to the first rank and back.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._folder = folder
+        self._plan = LoadPlan([])
 
     def create_local_plan(self) -> LoadPlan:
-        """What to read for this rank's tensors. Raises UnfitCheckpoint."""
+        """Plan what to read for this rank's tensors. Raises UnfitCheckpoint."""
         assert self.metadata is not None
         wrong = []
         for key, tensor in self.state_dict.items():
@@ -143,7 +146,13 @@ class FittingPlanner(DefaultLoadPlanner):
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise UnfitCheckpoint(f"{self._folder} has {', '.join(wrong[:3])}{more}")
-        return super().create_local_plan()
+        plan = super().create_local_plan()
+        self._plan = replace(plan, items=[item for item in plan.items if 0 not in item.lengths])  # nothing of what is empty
+        return LoadPlan([])
+
+    def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
+        """What to read."""
+        return self._plan
 
 
 def overlap(
@@ -154,10 +163,13 @@ def overlap(
     >>> overlap([0, 4], [8, 8], [2, 0], [2, 6]), overlap([0], [4], [4], [4])
     (((2, 4), (2, 2)), None)
     """
-    first = tuple(map(max, offset, other_offset))
-    end = (min(a + m, b + n) for a, m, b, n in zip(offset, size, other_offset, other_size, strict=True))
-    lengths = tuple(stop - start for start, stop in zip(first, end, strict=True))
-    return (first, lengths) if all(length > 0 for length in lengths) else None
+    first, lengths = [], []
+    for begin, length, other, other_length in zip(offset, size, other_offset, other_size, strict=True):
+        first.append(max(begin, other))
+        lengths.append(min(begin + length, other + other_length) - first[-1])
+        if lengths[-1] <= 0:
+            return None
+    return tuple(first), tuple(lengths)
 
 
 def _described(tensor: StoredTensor) -> TensorStorageMetadata:
@@ -208,9 +220,9 @@ def _read_batch(path: Path, descriptor: int, batch: Sequence[_Read], scratch: Sc
     pieces: list[memoryview] = []
     for read in batch:
         straight = read.target.shape == read.tile.size and read.target.dtype == read.dtype and in_one_piece(read.target)
-        tile = read.target if straight else scratch.take(read.dtype, read.tile.size)
-        places.append(None if straight else tile)
-        pieces.append(as_bytes(tile))
+        tile, piece = (None, as_bytes(read.target)) if straight else scratch.take(read.dtype, read.tile.size)
+        places.append(tile)
+        pieces.append(piece)
     _fill(path, descriptor, list(pieces), batch[0].at)
     for read, piece, tile_values in zip(batch, pieces, places, strict=True):
         if xxhash.xxh3_64_hexdigest(piece) != read.checksum:

@@ -4,9 +4,9 @@
                                             --+---+---+--          and the tiles follow each other in this order.
                                             4 | 5 | 6 | 7
 
-A tensor's first two dimensions are cut wherever 2, 4, 8 ... ranks that share the tensor would cut them: rank i of n begins at
-i * ceil(size / n). So a rank of any such layout reads exactly its own part, along rows or along columns, whichever layout wrote the file.
-The cuts belong to the whole tensor: a box that is but a part of it has those that go through it.
+A dimension is cut wherever 2, 4, 8 ... ranks that share it would cut it: rank i of n begins at i * ceil(size / n). So a rank of any such
+layout reads exactly its own part, along rows or along columns, whichever layout wrote the file. The cuts belong to the whole tensor: a
+box that is but a part of it has those that go through it. For how many ranks a tensor is cut is written down with it (`parts`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ MOST_PARTS = 16
 """A dimension is cut for so many ranks at most."""
 TILE_BYTES = 128 << 10
 """A tensor is cut no further than into tiles of so many bytes, on average."""
+ROW_NUMBERS = 128
+"""And no row of a tile has fewer numbers: short ones are slow to copy."""
 
 
 class Tile(NamedTuple):
@@ -37,15 +39,16 @@ def parts(shape: Sequence[int], number_bytes: int) -> tuple[int, ...]:
     number_bytes: the bytes of one number.
 
     >>> parts([50304, 768], 4), parts([768, 768], 4), parts([768], 4), parts([], 4)
-    ((16, 16), (4, 4), (1,), ())
+    ((16, 4), (4, 4), (1,), ())
     """
     found = [1] * len(shape)
     tiles = math.prod(shape) * number_bytes // TILE_BYTES
-    for turn in range(2 * MOST_PARTS.bit_length()):
-        dim = turn % 2
-        if dim < len(shape) and tiles >= 2 and 2 * found[dim] <= min(MOST_PARTS, shape[dim]):
-            found[dim] *= 2
-            tiles //= 2
+    most = [min(MOST_PARTS, length // (ROW_NUMBERS if dim == len(shape) - 1 else 1)) for dim, length in enumerate(shape[:2])]
+    for _ in range(MOST_PARTS.bit_length()):
+        for dim, limit in enumerate(most):
+            if tiles >= 2 and 2 * found[dim] <= limit:
+                found[dim] *= 2
+                tiles //= 2
     return tuple(found)
 
 
@@ -62,22 +65,26 @@ def edges(length: int, for_ranks: int, first: int, end: int) -> list[int]:
     return sorted(found)
 
 
-def tiles_of(shape: Sequence[int], offset: Sequence[int], size: Sequence[int], number_bytes: int) -> list[Tile]:
+def grid(shape: Sequence[int], for_ranks: Sequence[int], offset: Sequence[int], size: Sequence[int]) -> list[list[int]]:
+    """The edges of a box's tiles in each dimension.
+
+    shape, for_ranks: of the whole tensor, the latter as `parts` says. offset, size: the box's first corner and its lengths.
+    """
+    ends = [first + length for first, length in zip(offset, size, strict=True)]
+    return [edges(*numbers) for numbers in zip(shape, for_ranks, offset, ends, strict=True)]
+
+
+def tiles_of(box_grid: Sequence[Sequence[int]], number_bytes: int) -> list[Tile]:
     """The tiles of a box, of which no dimension is empty, in their order in the file.
 
-    shape: the whole tensor's. offset, size: the box's first corner and its lengths.
-
-    >>> [(tile.offset, tile.size, tile.at) for tile in tiles_of([512, 256], [256, 0], [256, 256], 4)]
+    >>> [(tile.offset, tile.size, tile.at) for tile in tiles_of(grid([512, 256], [2, 2], [256, 0], [256, 256]), 4)]
     [((256, 0), (256, 128), 0), ((256, 128), (256, 128), 131072)]
     """
-    bounds = [
-        edges(*numbers) for numbers in zip(shape, parts(shape, number_bytes), offset, map(sum, zip(offset, size, strict=True)), strict=True)
-    ]
-    spans: list[list[tuple[int, int]]] = [list(itertools.pairwise(numbers)) for numbers in bounds]
+    spans = [list(itertools.pairwise(numbers)) for numbers in box_grid]
     found: list[Tile] = []
     at = 0
     for box in itertools.product(*spans):
-        lengths = tuple(end - first for first, end in box)
-        found.append(Tile(tuple(first for first, _ in box), lengths, at, math.prod(lengths) * number_bytes))
+        lengths = tuple([end - first for first, end in box])
+        found.append(Tile(tuple([first for first, _ in box]), lengths, at, math.prod(lengths) * number_bytes))
         at += found[-1].bytes
     return found

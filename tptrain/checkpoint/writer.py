@@ -23,7 +23,7 @@ from torch.futures import Future
 
 from tptrain.checkpoint.index import Chunk, StoredTensor, tensors_file, write_index
 from tptrain.checkpoint.memory import BATCH_BYTES, BATCH_TILES, Scratch, as_bytes, box_of, in_one_piece
-from tptrain.checkpoint.tiles import tiles_of
+from tptrain.checkpoint.tiles import grid, parts, tiles_of
 from tptrain.files import sync_folder
 
 
@@ -71,7 +71,8 @@ class TileWriter(StorageWriter):
         tensors: dict[str, StoredTensor] = {}
         for key, tensor in metadata.state_dict_metadata.items():
             assert isinstance(tensor, TensorStorageMetadata)
-            tensors[key] = StoredTensor(tensor.properties.dtype, tuple(tensor.size), {})
+            dtype, shape = tensor.properties.dtype, tuple(tensor.size)
+            tensors[key] = StoredTensor(dtype, shape, parts(shape, dtype.itemsize), {})
         for written in results:
             for result in written:
                 tensors[result.index.fqn].chunks[result.storage_data.offset] = result.storage_data
@@ -101,7 +102,11 @@ class _Batch:
         """Add a tensor's numbers, row by row. They must stay as they are until the next `write`. Returns their checksum."""
         if len(self._pieces) == BATCH_TILES or self._bytes + values.nbytes > BATCH_BYTES:
             self.write()
-        piece = as_bytes(values if in_one_piece(values) else self._scratch.take(values.dtype, values.shape).copy_(values))
+        if in_one_piece(values):
+            piece = as_bytes(values)
+        else:
+            copy, piece = self._scratch.take(values.dtype, values.shape)
+            copy.copy_(values)
         self._pieces.append(piece)
         self._bytes += len(piece)
         return xxhash.xxh3_64_hexdigest(piece)
@@ -124,7 +129,7 @@ class _Batch:
 def _write_chunk(batch: _Batch, file: str, values: Tensor, data: TensorWriteData) -> Chunk:
     """Add a chunk's tiles to those that are written. Returns where they will be."""
     at, offset, size = batch.at, tuple(data.chunk.offsets), tuple(data.chunk.sizes)
-    tiles = tiles_of(data.size, offset, size, values.itemsize)
+    tiles = tiles_of(grid(data.size, parts(data.size, values.itemsize), offset, size), values.itemsize)
     checksums = [batch.add(box_of(values, offset, tile.offset, tile.size)) for tile in tiles]
     return Chunk(file, at, offset, size, "".join(checksums))
 

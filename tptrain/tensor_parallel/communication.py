@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 # torch 2.13 renames these two; 2.11 has the old names alone.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class CommunicationError(RuntimeError):
@@ -104,7 +104,7 @@ def start_all_gather(x: Tensor, dim: int, size: int, group: dist.ProcessGroup) -
 
         return Pending("all-gather", works, group, finish)
     end_to_end = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    work = _all_gather_single(end_to_end, x, group=group, async_op=True)
+    work = all_gather_single(end_to_end, x, group=group, async_op=True)
     parts = end_to_end.unflatten(0, (group.size(), -1))
     return Pending("all-gather", [work], group, lambda: parts.movedim(0, dim).flatten(dim, dim + 1).contiguous())
 
@@ -127,7 +127,7 @@ def start_reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Pendi
         return Pending("reduce-scatter", works, group, finish)
     parts = x.unflatten(dim, (group.size(), -1)).movedim(dim, 0).contiguous()
     total = torch.empty_like(parts[0])
-    return Pending("reduce-scatter", [_reduce_scatter_single(total, parts.flatten(0, 1), group=group, async_op=True)], group, lambda: total)
+    return Pending("reduce-scatter", [reduce_scatter_single(total, parts.flatten(0, 1), group=group, async_op=True)], group, lambda: total)
 
 
 def all_reduce_flat(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:

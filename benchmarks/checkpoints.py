@@ -1,0 +1,115 @@
+"""Saving and loading tensors on one and on two CPU processes, against a plain write and read of the same bytes in as many files.
+
+python -m benchmarks.checkpoints [--rounds 5] [--layers 12] [--folder FOLDER] ...
+
+The state is that of a GPT with AdamW: its weights and two moments of each, 12 bytes a parameter; two ranks split it as tp=2. Ways are
+timed in turns; a turn lasts until the slower rank is done. Saving and the plain write end when the bytes are on disk. Loading and the plain
+read fill the tensors' own memory, and find nothing in the page cache, from which the files are dropped before. `warm` are the same two with
+all of the files in the page cache: no disk, only copies and checksums.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.alternate import ratio, turns
+from benchmarks.two_ranks import CPU, Sizes, add_sizes, barrier, config_of, say, start
+from tptrain.checkpoint.memory import as_bytes
+from tptrain.checkpoint.sharded import materialise_state, read_tensors, training_tensors, write_tensors
+from tptrain.data.dataset import Data
+from tptrain.data.memorize import random_tokens
+from tptrain.mesh import build_mesh
+from tptrain.tensor_parallel.parameter import local_part
+from tptrain.trainer import Trainer
+
+
+def measure(options: argparse.Namespace) -> None:
+    """One rank."""
+    names = ("layers", "hidden", "heads", "vocab", "seq_len", "micro_batch_size", "micro_batches")
+    config = config_of(Sizes(*(getattr(options, name) for name in names)), f"parallel.tp={dist.get_world_size()}")
+    mesh = build_mesh(config.parallel, CPU, 600)
+    trainer = Trainer(config, mesh, Data.of_tokens(config, random_tokens(100 * config.data.seq_len + 1, config.model.vocab_size)))
+    materialise_state(trainer.optimizer)
+    tensors = training_tensors(trainer.share.parameters(), trainer.optimizer)
+    for tensor in tensors.values():
+        local_part(tensor).normal_()  # no disk may take zeros for nothing
+    folder = Path(options.folder)
+    timed = ways(folder, tensors, mesh.world)
+    seconds = turns(timed, options.rounds, before=lambda: settle(folder))
+    warm = turns({f"{name} warm": timed[name] for name in ("read", "load")}, options.rounds, before=barrier)
+    total = sum(path.stat().st_size for path in folder.rglob("*.tensors"))
+    say(f"{dist.get_world_size()} ranks, {total / 1e6:,.0f} MB in as many files, {options.rounds} rounds")
+    for name, values in (seconds | warm).items():
+        median = statistics.median(values)
+        say(f"  {name:<9} {median:7.3f} s ({min(values):.3f} to {max(values):.3f})  {total / median / 1e6:7,.0f} MB/s")
+    say(f"  saving is {ratio(seconds['write'], seconds['save']):.2f} times as fast as a plain write")
+    say(f"  loading is {ratio(seconds['read'], seconds['load']):.2f} times as fast as a plain read")
+    say(f"  from the page cache it is {ratio(warm['read warm'], warm['load warm']):.2f} times as fast")
+
+
+def ways(folder: Path, tensors: dict[str, Tensor], world: dist.ProcessGroup) -> dict[str, Callable[[], None]]:
+    """What is timed."""
+    pieces = [as_bytes(local_part(tensor)) for tensor in tensors.values()]
+    plain, saved = folder / f"plain-{dist.get_rank()}", folder / "saved"
+    saved.mkdir(exist_ok=True)
+
+    def write() -> None:
+        with open(plain, "wb", buffering=0) as file:
+            for piece in pieces:
+                file.write(piece)
+            os.fsync(file.fileno())
+        barrier()
+
+    def read() -> None:
+        with open(plain, "rb", buffering=0) as file:
+            for piece in pieces:
+                file.readinto(piece)
+        barrier()
+
+    return {
+        "write": write,
+        "save": lambda: write_tensors(saved, tensors, world),
+        "read": read,
+        "load": lambda: read_tensors(saved, tensors, world),
+    }
+
+
+def settle(folder: Path) -> None:
+    """Drop the files, which are on disk, from the page cache."""
+    barrier()
+    if dist.get_rank() == 0:
+        for path in [*folder.glob("plain-*"), *folder.rglob("*.tensors")]:
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    barrier()
+
+
+def main() -> None:
+    """Read the command line and start ranks: one, then two."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sizes(parser)
+    parser.set_defaults(layers=12, hidden=768, heads=12, vocab=50304, seq_len=128, micro_batch_size=1, micro_batches=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], choices=[1, 2])
+    parser.add_argument("--folder", help="on the disk to measure; default: the temporary folder")
+    options = parser.parse_args()
+    parent = options.folder
+    for ranks in options.ranks:
+        options.folder = tempfile.mkdtemp(prefix="checkpoints-", dir=parent)
+        try:
+            start(measure, options, ranks)
+        finally:
+            shutil.rmtree(options.folder)
+
+
+if __name__ == "__main__":
+    main()
