@@ -28,6 +28,7 @@ PATIENCE = 240
 STEPS = 80
 ROOT = str(Path(__file__).parents[1])
 LINE = [*SMALL, "launch.threads_per_rank=1", "lr_schedule=constant", "checkpoint.every=3", "train.eval_every=0", "train.sample_tokens=0"]
+ENDLESS = ["parallel=tp2_pp2", "train.max_steps=1000000", f"launch.timeout_seconds={LIMIT_SECONDS}"]
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ ALLOWED: dict[str, set[str]] = {
     "slurm": {"config", "files", "job", "plan"},
     "verdict": set(),
     "doctor": {"config", "mesh", "tensor_parallel", "model", "plan"},
-    "consult": {"config", "doctor", "failures", "files", "job", "launch"},
+    "consult": {"config", "doctor", "failures", "files", "job", "launch", "launch_config"},
     "prove": {"checkpoint", "config", "data", "failures", "files", "job", "launch", "launch_config", "verdict"},
     "answer": {"checkpoint", "config", "data", "failures", "generate_config", "job", "launch"},
     "examine": {
@@ -210,9 +210,26 @@ def test_the_parser_sees_imports() -> None:
 
 
 BEFORE_RANKS = {"config", "generate_config", "files", "data", "job", "failures", "refusal", "launch", "ranks", "answer", "plan", "cli"}
-BEFORE_RANKS |= {"launch_config", "network", "nodes", "spawn"}
-BEFORE_RANKS |= {"export", "export_config", "lifeline", "monitor", "plot", "plot_config", "prove", "survey"}
-BEFORE_RANKS |= {"consult", "last_words", "roll_call"}
+BEFORE_RANKS |= {
+    "consult",
+    "council",
+    "crew",
+    "last_words",
+    "launch_config",
+    "network",
+    "nodes",
+    "roll_call",
+    "spawn",
+    "store_line",
+    "export",
+    "export_config",
+    "lifeline",
+    "monitor",
+    "plot",
+    "plot_config",
+    "prove",
+    "survey",
+}
 
 
 def test_no_torch_before_the_ranks_start() -> None:

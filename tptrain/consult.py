@@ -24,6 +24,7 @@ from tptrain.doctor.record import Report
 from tptrain.failures import JobFailed
 from tptrain.files import write_atomically
 from tptrain.job import Job, Place
+from tptrain.launch_config import refuse_several_nodes
 
 _LABEL_WIDTH = 14
 
@@ -35,6 +36,7 @@ def doctor(config: Config, run_dir: Path, place: Place | None) -> None:
     config: typed, not yet resolved. Raises ConfigError before anything runs and where ranks have different versions; JobFailed, once
     the tables are shown, where something is slow or short.
     """
+    refuse_several_nodes(config.launch, "doctor")
     config, run_dir = launch.settle(config, place), run_dir.absolute()
     job = Job("doctor", config, run_dir / "doctor", Path(config.data.store_dir).absolute())
     speaks = place.rank == 0 if place is not None else config.launch.node_rank in (None, 0)

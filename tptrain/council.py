@@ -17,13 +17,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-from torch.distributed import Store
+from typing import TYPE_CHECKING, Any
 
 from tptrain.config import ConfigError
 from tptrain.stop import Stopped
 from tptrain.store_line import StoreLine, Unreachable
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 _BEAT_SECONDS = 1.0
 _FAREWELL_SECONDS = 10.0

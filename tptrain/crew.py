@@ -15,9 +15,7 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
-
-from torch.distributed import Store, TCPStore
+from typing import TYPE_CHECKING, Any
 
 from tptrain import network
 from tptrain.config import Config, refuse
@@ -26,6 +24,9 @@ from tptrain.failures import Outcome, say
 from tptrain.job import Meeting
 from tptrain.launch_config import LaunchConfig, split_master
 from tptrain.roll_call import FELL, store_of_attempt
+
+if TYPE_CHECKING:
+    from torch.distributed import Store, TCPStore
 
 _CONNECT = timedelta(seconds=5)
 _PATIENCE_SECONDS = 10.0
@@ -96,6 +97,8 @@ def meet(config: Config) -> Iterator[Crew]:
 
     Raises ConfigError where launch.master cannot be what it says, LostNode where nobody answers in time.
     """
+    from torch.distributed import TCPStore
+
     launch = config.launch
     node, master = launch.node_rank, launch.master
     assert node is not None
@@ -128,8 +131,10 @@ def _addresses(host: str, master: str) -> tuple[str, str]:
 
 def _listen(launch: LaunchConfig, address: str, own: str, port: int) -> TCPStore:
     """The store in which the nodes meet, served by this process. Raises ConfigError."""
+    from torch.distributed import TCPStore
+
     if own != address and not network.is_loopback(own):
-        rule = f"is {address}, but node 0 is this machine, {own}"
+        rule = f"leads to {address}, but node 0 is this machine, {own}"
         raise refuse("launch.master", launch.master, rule, f"use launch.master={own} on every node, or another launch.node_rank here")
     try:
         return TCPStore(address, port, None, True, timeout=_CONNECT, wait_for_workers=False)

@@ -130,6 +130,8 @@ def _crew(config: Config) -> Iterator[Crew]:
     """Meet the commands of the other nodes. Raises JobFailed, once it is told, where one of them is lost."""
     level = os.environ.get("TORCH_CPP_LOG_LEVEL")
     os.environ["TORCH_CPP_LOG_LEVEL"] = level or "FATAL"  # torch logs each try to reach a node that is not there; we say it once
+    import torch.distributed  # noqa: F401  # which reads the level
+
     from tptrain import crew
     from tptrain.council import LostNode
 

@@ -50,7 +50,7 @@ def check_launch(launch: LaunchConfig) -> None:
 def refuse_several_nodes(launch: LaunchConfig, verb: str) -> None:
     """For what runs on one machine alone. Raises ConfigError."""
     if launch.nodes > 1:
-        raise refuse("launch.nodes", launch.nodes, f"is for training, and tptrain {verb} runs on one machine", "leave launch.nodes out")
+        raise refuse("launch.nodes", launch.nodes, f"is for training: tptrain {verb} starts ranks on one machine", "leave launch.nodes out")
 
 
 def split_master(master: str) -> tuple[str, int]:

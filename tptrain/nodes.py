@@ -18,8 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tptrain import __version__
+from tptrain.checkpoint.folder import complete_checkpoints, home_of
 from tptrain.checkpoint.hugging_face.folder import check_folder
-from tptrain.checkpoint.start import find_start
 from tptrain.config import Config, ConfigError, refuse
 from tptrain.council import Council
 from tptrain.data import StoreError, prepare
@@ -38,30 +39,36 @@ def prepare_together(council: Council, config: Config, prepare_first: Callable[[
     config: resolved. prepare_first: makes the job; node 0 calls it. Raises ConfigError, on every node, where one of them refuses.
     """
     agree_on(council, config)
-    token: Path | None = None
+    signs: dict[str, str] = {}
 
-    def offer() -> dict[str, str] | None:
-        nonlocal token
+    def offer() -> dict[str, Any] | None:
         if council.node > 0:
             return None
         job = prepare_first()
-        token = _leave_token(job.run_dir)
+        signs["hydra.run.dir"] = _leave_sign(job.run_dir)
+        if job.config.checkpoint.dir is not None:
+            signs["checkpoint.dir"] = _leave_sign(Path(job.config.checkpoint.dir))
         tokens = digest(job.store_dir, config.data.source)
-        return {"run_dir": str(job.run_dir), "store_dir": str(job.store_dir), "token": str(token), "tokens": tokens}
+        return {"run_dir": str(job.run_dir), "store_dir": str(job.store_dir), "signs": signs, "tokens": tokens}
 
     offered = council.together("prepared", offer)
     run_dir = Path(offered["run_dir"])
+    if config.checkpoint.dir is not None:
+        config.checkpoint.dir = str(Path(offered["signs"]["checkpoint.dir"]).parent)
 
     def accept() -> None:
         store_dir = Path(offered["store_dir"])
         if council.node > 0:
-            _check_shared(run_dir, Path(offered["token"]))
+            for key, sign in offered["signs"].items():
+                _check_shared(key, Path(sign))
             store_dir = _prepare_here(config, run_dir, store_dir, offered["tokens"])
         council.say("store", str(store_dir))
 
-    council.together("ready", accept)
-    if token is not None:
-        token.unlink(missing_ok=True)
+    try:
+        council.together("ready", accept)
+    finally:
+        for sign in signs.values():
+            Path(sign).unlink(missing_ok=True)
     return run_dir, Path(council.hear(council.node, "store"))
 
 
@@ -82,7 +89,7 @@ def is_seen(path: Path) -> bool:
 
 def _facts(config: Config) -> dict[str, Any]:
     """What must be the same on every node, by dotted keys."""
-    return {"torch": version("torch"), "tptrain": version("tptrain"), **dict(_flat(asdict(config)))}
+    return {"torch": version("torch"), "tptrain": __version__, **dict(_flat(asdict(config)))}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -104,25 +111,25 @@ def _check_same(own: dict[str, Any], agreed: dict[str, Any]) -> None:
             raise refuse(key, mine, f"differs from node 0's {theirs}", "start every node with the same")
 
 
-def _leave_token(run_dir: Path) -> Path:
-    """A new file in the run folder, for the other nodes to find there."""
-    token = run_dir / "logs" / f"nodes-{uuid.uuid4().hex}"
-    with token.open("w") as file:
+def _leave_sign(folder: Path) -> str:
+    """A new file in a folder, for the other nodes to find there; its path."""
+    sign = folder / f".nodes-{uuid.uuid4().hex}"
+    with sign.open("w") as file:
         file.flush()
         os.fsync(file.fileno())
-    return token
+    return str(sign)
 
 
-def _check_shared(run_dir: Path, token: Path) -> None:
-    """Whether the run folder is the one that node 0 wrote. Raises ConfigError."""
-    if not is_seen(token):
-        rule = "is another folder here than on node 0, but every rank writes its part of a checkpoint into it"
-        raise refuse("hydra.run.dir", run_dir, rule, "use one on a file system that all nodes share")
+def _check_shared(key: str, sign: Path) -> None:
+    """Whether the folder of a config key is the one in which node 0 left a sign. Raises ConfigError."""
+    if not is_seen(sign):
+        rule = "is another folder here than on node 0, but every rank writes its part of a checkpoint there"
+        raise refuse(key, sign.parent, rule, "use one on a file system that all nodes share")
 
 
 def _prepare_here(config: Config, run_dir: Path, store_dir: Path, tokens: str) -> Path:
     """This node's token store: node 0's, where it is seen here, or its own. Raises ConfigError where its text is another."""
-    if config.train.init_from is not None and find_start(config, run_dir) is None:
+    if config.train.init_from is not None and not complete_checkpoints(home_of(config.checkpoint, run_dir)):
         check_folder(config.train.init_from, config.model)
     try:
         found = digest(store_dir, config.data.source)

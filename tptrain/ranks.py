@@ -101,15 +101,15 @@ class Work:
     """Every rank calls it; rank 0's value, which JSON can hold, goes back to the launcher."""
     config: type = Config
     """The schema of the job's `config.yaml`. It has the groups `hardware` and `launch`, and `processes`."""
-    reads_data: bool = False
-    """Whether the nodes of a launcher's ranks have to prepare it together: its data, and a run folder that all share."""
+    shares: bool = False
+    """Whether the ranks of several machines need one run folder, and each machine the same tokens."""
     before: Callable[[Any, Place, float], None] | None = None
     """Called on each of several ranks before there is a process group, with the store in which they found each other and the seconds for
     which they wait for each other. What it refuses, it refuses on every rank."""
 
 
 WORKS = {
-    "train": Work(_train, reads_data=True),
+    "train": Work(_train, shares=True),
     "check-twin": Work(_check_twin),
     "check-layout": Work(_check_layout),
     "doctor": Work(_doctor, before=_same_versions),
@@ -314,7 +314,7 @@ def _meet(work: str, config: Config, prepare: Callable[[], Job], place: Place) -
     timeout, key = timedelta(seconds=config.launch.timeout_seconds), "tptrain/prepared"
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     job, store_dir = None, None
-    if place.nodes > 1 and WORKS[work].reads_data:
+    if place.nodes > 1 and WORKS[work].shares:
         job, store_dir = _meet_nodes(config, prepare, place, dist.PrefixStore("tptrain/nodes", store))
     else:
         if place.rank == 0:
