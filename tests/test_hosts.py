@@ -160,15 +160,6 @@ def commands(number: int, host: str) -> list[str]:
     return ["-m", "tptrain", "launch.nodes=2", f"launch.node_rank={number}", "launch.master=hosta"]
 
 
-def test_a_run_folder_that_is_not_shared_is_refused(hosts: Hosts, tmp_path: Path) -> None:
-    job = Job(hosts, tmp_path, commands, hidden="run")
-    assert job.finish() == {"a": 2, "b": 2}
-    line = f"hydra.run.dir={job.run_dir} is another folder here than on node 0"
-    assert f"tptrain: {line}" in job.said("b")
-    assert f"tptrain: node 1: {line}" in job.said("a")
-    assert not list(job.run_dir.glob("checkpoints/*"))
-
-
 def test_commands_on_two_hosts(hosts: Hosts, alone: dict[int, float], tmp_path: Path) -> None:
     """Each command starts its host's ranks and has token stores of its own. A rank dies, the link is cut, and at last a command dies."""
 

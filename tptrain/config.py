@@ -343,11 +343,11 @@ def _resolve_started_layout(config: Config, started: int, started_here: int) -> 
 
 def _resolve_layout(parallel: ParallelConfig, launch: LaunchConfig, devices: int | None) -> None:
     """Turn dp=auto into a number and share tp x pp x dp out to the nodes and their accelerators."""
-    inner, nodes, each = parallel.tp * parallel.pp, launch.nodes, launch.processes_per_node
-    if each != "auto" and devices is not None and each > devices:
+    inner, nodes, asked = parallel.tp * parallel.pp, launch.nodes, launch.processes_per_node
+    room = devices if asked == "auto" else int(asked)
+    if devices is not None and room is not None and room > devices:
         rule = f"is more than the {devices} GPU{'s' * (devices > 1)} of this machine"
-        raise refuse("launch.processes_per_node", each, rule, f"use {devices} or less, or hardware.device=cpu")
-    room = devices if each == "auto" else each
+        raise refuse("launch.processes_per_node", asked, rule, f"use {devices} or less, or hardware.device=cpu")
     if parallel.dp == "auto":  # with nothing to go by, the fewest copies that give each node whole tp groups
         parallel.dp = nodes // math.gcd(parallel.pp, nodes) if room is None else max(1, room * nodes // inner)
     wanted = inner * int(parallel.dp)
@@ -359,10 +359,10 @@ def _resolve_layout(parallel: ParallelConfig, launch: LaunchConfig, devices: int
             f"use parallel.dp={max(1, devices * nodes // inner)}" if inner <= devices * nodes
             else "use a smaller tp or pp, or hardware.device=cpu",
         )  # fmt: skip
-    if each != "auto" and wanted != each * nodes:
-        rule = f"{product} launch.nodes={nodes} x launch.processes_per_node={each} = {each * nodes}"
-        fits = each * nodes % inner == 0
-        remedy = f"use parallel.dp={each * nodes // inner}" if fits else "use a tp and pp whose product divides that"
+    if asked != "auto" and wanted != int(asked) * nodes:
+        sought = int(asked) * nodes
+        rule = f"{product} launch.nodes={nodes} x launch.processes_per_node={asked} = {sought}"
+        remedy = f"use parallel.dp={sought // inner}" if sought % inner == 0 else "use a tp and pp whose product divides that"
         raise refuse("parallel.dp", parallel.dp, rule, remedy)
     if wanted % nodes:
         low = wanted // nodes * nodes

@@ -357,8 +357,9 @@ def check_restarts(place: Place, names_folder: bool) -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for its machine: it is the first of a launcher's ranks here, or no rank of anybody's."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    """Whether this process speaks for its terminal: it is rank 0, or the first of torchrun's on this machine, or no rank of anybody's."""
+    rank = os.environ.get("RANK", "0")
+    return (os.environ.get("LOCAL_RANK", rank) if "TORCHELASTIC_RUN_ID" in os.environ else rank) == "0"
 
 
 def let_first_rank_speak() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from tptrain.config_error import refuse
 
@@ -26,7 +25,7 @@ class LaunchConfig:
     """Which of them this one is, from 0. Node 0 prepares the data and reports."""
     master: str | None = None
     """HOST or HOST:PORT of node 0, where the nodes meet; the port is 29500 unless given, and has to be free there."""
-    processes_per_node: Any = "auto"
+    processes_per_node: int | str = "auto"
     """Ranks on each node, or auto: its GPUs, on CPU the processes of the layout shared evenly."""
 
 

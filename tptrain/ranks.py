@@ -326,7 +326,7 @@ def _meet(work: str, config: Config, prepare: Callable[[], Job], place: Place) -
 
 def _meet_nodes(config: Config, prepare: Callable[[], Job], place: Place, store: Any) -> tuple[Job | None, Path]:
     """The same over several nodes: rank 0's job, and this node's token store. The first rank of each node speaks for it."""
-    from tptrain.council import Council
+    from tptrain.council import Council, LostNode
     from tptrain.nodes import prepare_together
 
     jobs: list[Job] = []
@@ -336,8 +336,13 @@ def _meet_nodes(config: Config, prepare: Callable[[], Job], place: Place, store:
         return jobs[0]
 
     seconds, listener = config.launch.timeout_seconds, place.local_rank > 0
-    with Council(store.clone, place.node, place.nodes, seconds, listener) as council:
-        _, store_dir = prepare_together(council, config, prepare_first)
+    try:
+        with Council(store.clone, place.node, place.nodes, seconds, listener) as council:
+            _, store_dir = prepare_together(council, config, prepare_first)
+    except LostNode as lost:
+        if not listener:
+            failures.say(f"tptrain: {lost}")
+        raise failures.JobFailed(str(lost)) from lost
     return (jobs[0] if jobs else None), store_dir
 
 
