@@ -7,6 +7,7 @@ exception is raised here with its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -14,17 +15,27 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tptrain.trainer"])
+_context.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tptrain.train", "hydra"]
+)
+"""DTensor imports torch._dynamo when it is first used, which takes longer than most tests."""
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
     """Each rank's return value, by rank. Raises AssertionError with the first failed rank's traceback."""
+    with started_ranks(world, function, *args) as (_, receivers):
+        return _collect(receivers, time.monotonic() + timeout)
+
+
+@contextlib.contextmanager
+def started_ranks(world: int, function: Callable[..., Any], *args: Any) -> Iterator[tuple[list[Any], list[Any]]]:
+    """The processes of ranks, and by rank what receives (traceback or None, value) at its end. They are killed when the block ends."""
     with tempfile.TemporaryDirectory() as folder:
         receivers, processes = [], []
         for rank in range(world):
@@ -35,7 +46,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
             receivers.append(receiver)
             processes.append(process)
         try:
-            return _collect(receivers, time.monotonic() + timeout)
+            yield processes, receivers
         finally:
             for process in processes:
                 process.kill()

@@ -68,7 +68,9 @@ ALLOWED: dict[str, set[str]] = {
         "doctor",
         "generate",
     },
-    "launch": {"checkpoint", "config", "data", "failures", "job", "plan", "ranks", "stop"},
+    "scheduler": {"config_error"},
+    "launch": {"checkpoint", "config", "data", "failures", "job", "plan", "ranks", "scheduler", "stop"},
+    "slurm": {"config", "files", "job", "plan"},
     "verdict": set(),
     "doctor": {"config", "mesh", "tensor_parallel", "model", "plan"},
     "consult": {"config", "doctor", "failures", "files", "job", "launch"},
@@ -110,6 +112,7 @@ ALLOWED: dict[str, set[str]] = {
         "prove",
         "ranks",
         "refusal",
+        "slurm",
         "survey",
     },
     "__main__": {"cli"},
@@ -200,7 +203,7 @@ def test_no_torch_before_the_ranks_start() -> None:
     """At the top of a module, that is: a refused config and a help text must not wait seconds for torch."""
     schedules = {path for path in (PACKAGE / "pipeline").glob("*.py") if path.stem not in ("engine", "transfer", "clock")}
     assert not any("mesh" in imported_rooms(path) for path in schedules), "which needs torch"
-    plain = [PACKAGE / "checkpoint" / "folder.py"]
+    plain = [PACKAGE / "checkpoint" / f"{name}.py" for name in ("folder", "manifest", "start")]
     plain += [PACKAGE / "doctor" / f"{name}.py" for name in ("judge", "needs", "record", "show", "units", "versions")]
     plain += [path for path in (PACKAGE / "checkpoint" / "hugging_face").glob("*.py") if path.stem != "weights"]
     paths = [path for path in MODULES if room_of(path) in BEFORE_RANKS] + plain

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
+from tests.saving import save_now, start_from
 from tests.support import small_config
 from tptrain.config import Config
 from tptrain.data import Data, Mixture, Sampler, StoreError
 from tptrain.data.dataset import VAL_LOSS
 from tptrain.mesh import build_mesh
-from tptrain.train import resume, save_checkpoint
 from tptrain.trainer import Trainer
 
 WINDOWS = 44
@@ -65,13 +65,13 @@ def train(rank: int, folder: Path, stops: list[tuple[int, dict[str, int]]]) -> d
                 data__seq_len=16, train__max_steps=STEPS, train__global_batch_size=8, train__eval_steps=None, parallel__micro_batches=None,
             )  # fmt: skip
             trainer = Trainer(config, build_mesh(config.parallel, torch.device("cpu"), 60), data_of(config, kind))
-            resume(trainer, folder / kind)
+            start_from(trainer, folder / kind)
             note_inputs(trainer, seen)
             trainer.read_ahead()
             while trainer.steps_done < last:
                 losses.append(trainer.step().loss)
                 evaluations.append(trainer.evaluate())
-            save_checkpoint(trainer, folder / kind)
+            save_now(trainer, folder / kind)
             trainer.close()
         found[kind] = {"seen": seen, "losses": losses, "evaluations": evaluations}
     return found
@@ -166,10 +166,10 @@ def check_other_text(rank: int, folder: Path) -> None:
     mesh = build_mesh(config.parallel, torch.device("cpu"), 60)
     trainer = Trainer(config, mesh, data_of(config, "one source"))
     trainer.step()
-    save_checkpoint(trainer, folder)
+    save_now(trainer, folder)
     other = Trainer(config, mesh, Data.of_tokens(config, TOKENS[:500]))
     with pytest.raises(ValueError, match="training tokens memorize 500, but it was made with memorize 705: use the same text"):
-        resume(other, folder)
+        start_from(other, folder)
     assert other.steps_done == 0
 
 

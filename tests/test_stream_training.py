@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
+from tests.saving import save_now, start_from
 from tests.support import small_config
 from tests.test_sample_order import note_inputs
 from tptrain.checkpoint.folder import complete_checkpoints, read_state
@@ -22,7 +23,6 @@ from tptrain.data.stream import StreamRows
 from tptrain.data.tokenizers import load_tokenizer
 from tptrain.data_config import SourceConfig, TokenizerConfig
 from tptrain.mesh import build_mesh
-from tptrain.train import resume, save_checkpoint
 from tptrain.trainer import Trainer
 
 STEPS = 14
@@ -63,7 +63,7 @@ def train(rank: int, folder: Path, run_dir: Path, stops: list[tuple[int, dict[st
         config = streaming_config(folder, **{f"parallel__{key}": value for key, value in layout.items()})
         mesh = build_mesh(config.parallel, torch.device("cpu"), 60)
         trainer = Trainer(config, mesh, open_data(config, prepare(config, lambda line: None)))
-        resume(trainer, run_dir)
+        start_from(trainer, run_dir)
         if trainer.reads and isinstance(trainer.data.train, StreamRows):
             known.append(sorted(trainer.data.train.state(trainer.samples_done)["lanes"]))
         note_inputs(trainer, seen)
@@ -71,7 +71,7 @@ def train(rank: int, folder: Path, run_dir: Path, stops: list[tuple[int, dict[st
         while trainer.steps_done < last:
             losses.append(trainer.step().loss)
             evaluations.append(trainer.evaluate())
-        save_checkpoint(trainer, run_dir)
+        save_now(trainer, run_dir)
         trainer.close()
     return {"seen": seen, "losses": losses, "evaluations": evaluations, "known": known}
 
@@ -116,7 +116,7 @@ def test_a_checkpoint_knows_where_every_lane_stands(folder: Path, runs: dict[str
     assert starts.count([]) == 4, "only the first start, of four readers, is from nothing"
     assert starts.count(["0", "1", "2", "3"]) == len(starts) - 4
     for run in ("one", "four"):
-        state = read_state(complete_checkpoints(folder / run)[-1])["stream"]
+        state = read_state(complete_checkpoints(folder / run / "checkpoints")[-1])["stream"]
         assert sorted(state["lanes"]) == ["0", "1", "2", "3"]
         for mark in state["lanes"].values():
             assert 28 * 16 - 3 * 3 * 30 < mark["token"] <= 28 * 16

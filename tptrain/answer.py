@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from tptrain import launch
-from tptrain.checkpoint.folder import STATE_FILE, complete_checkpoints, differences
+from tptrain.checkpoint.folder import STATE_FILE, complete_checkpoints, home_of
+from tptrain.checkpoint.start import differences
 from tptrain.config import Config, ConfigError, refuse
 from tptrain.data.tokenizers import load_tokenizer
 from tptrain.failures import JobFailed
@@ -84,20 +85,20 @@ def read_run(run_dir: Path) -> Config:
 
 def find_checkpoint(load: str, run_dir: Path, trained: Config) -> Path:
     """The folder of the checkpoint asked for. Raises ConfigError where there is none, it is not complete, or of another model."""
-    checkpoint = _checkpoint_folder(load, run_dir)
+    checkpoint = _checkpoint_folder(load, run_dir, home_of(trained.checkpoint, run_dir))
     for key, asked, saved in differences(trained, checkpoint, ["model"]):
         rule = f"is of another model: its {key} is {saved}, and that of {run_dir} is {asked}"
         raise refuse("checkpoint", load, rule, "use run=FOLDER with the run that saved it")
     return checkpoint
 
 
-def _checkpoint_folder(load: str, run_dir: Path) -> Path:
-    complete = complete_checkpoints(run_dir)
+def _checkpoint_folder(load: str, run_dir: Path, home: Path) -> Path:
+    complete = complete_checkpoints(home)
     if load == "latest":
         if not complete:
             raise refuse("run", run_dir, "has no complete checkpoint", "train until it saves one, or use checkpoint=PATH")
         return complete[-1].absolute()
-    for folder in (run_dir / "checkpoints" / load, Path(load)):
+    for folder in (home / load, Path(load)):
         if (folder / STATE_FILE).is_file():
             return folder.absolute()
     known = ", ".join(["latest", *(path.name for path in complete[-5:])])

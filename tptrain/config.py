@@ -191,9 +191,15 @@ class CheckpointConfig:
     keep: int
     """Newest checkpoints that stay."""
     async_save: bool
-    """Write in the background."""
+    """Write in the background: the run waits only while a rank copies its part in memory."""
     resume: str
-    """auto: continue from the run folder's newest complete checkpoint; never; or a checkpoint's path."""
+    """auto: continue from the run's newest complete checkpoint; never; or a checkpoint's path."""
+    keep_every: int | None = None
+    """Checkpoints of steps that this divides stay for good; null means none."""
+    dir: str | None = None
+    """The folder of this run's checkpoints; null means `checkpoints` in the run folder."""
+    timeout_seconds: float = 3600.0
+    """Longest wait for another rank's disk, in writing and in reading; launch.timeout_seconds does not count there."""
 
 
 @dataclass
@@ -210,6 +216,8 @@ class WandbConfig:
     """Group of the run."""
     tags: list[str]
     """Tags of the run."""
+    continue_run: bool = False
+    """A run that starts from another run's checkpoint (checkpoint.resume=PATH) goes on in that one's W&B run; else it gets its own."""
 
 
 @dataclass
@@ -429,7 +437,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "train.compile": (False,),
     "optimizer.name": ("adamw", "sgd"),
     "lr_schedule.name": ("cosine", "constant"),
-    "checkpoint.async_save": (False,),
     "wandb.mode": ("offline", "online", "disabled"),
     "hardware.device": ("auto", "cpu", "cuda"),
     "check.layouts": ("own", "all"),
@@ -445,13 +452,13 @@ _AT_LEAST: dict[str, float] = {
     "train.max_skipped_steps": 0, "train.max_restarts": 0, "data.seq_len": 1,
     "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.momentum": 0,
     "lr_schedule.warmup_steps": 0, "lr_schedule.min_lr_ratio": 0,
-    "checkpoint.every": 0, "checkpoint.keep": 1,
+    "checkpoint.every": 0, "checkpoint.keep": 1, "checkpoint.keep_every": 1,
     "check.steps": 1, "check.processes": 1,
 }  # fmt: skip
 
 _ABOVE_ZERO = (
     "model.norm_eps", "model.rope_theta", "optimizer.eps", "launch.timeout_seconds", "launch.stop_seconds",
-    "doctor.slow_rank", "doctor.slow_link",
+    "doctor.slow_rank", "doctor.slow_link", "checkpoint.timeout_seconds",
 )  # fmt: skip
 _ABOVE_ZERO_OR_NULL = ("optimizer.grad_clip", "hardware.peak_flops_per_second", "train.max_minutes")
 _AT_MOST_ONE = ("lr_schedule.min_lr_ratio",)
@@ -477,6 +484,9 @@ def _check_values(config: Config) -> None:
         value, or_null = _get(config, key), key in _ABOVE_ZERO_OR_NULL
         if not (or_null and value is None) and not value > 0:
             raise refuse(key, value, "is not above 0", f"use a positive number{', or null' * or_null}")
+    if "://" in (config.checkpoint.dir or ""):
+        rule = "is a URL, and a checkpoint is made complete by a rename, which only a file system has"
+        raise refuse("checkpoint.dir", config.checkpoint.dir, rule, "use a folder, such as one where that storage is mounted")
     for key in _AT_MOST_ONE:
         if _get(config, key) > 1:
             raise refuse(key, _get(config, key), "is above 1", "use a value from 0 to 1")

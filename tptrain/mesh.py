@@ -124,6 +124,11 @@ def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: 
     return mesh
 
 
+def background_group(timeout_seconds: float) -> dist.ProcessGroup:
+    """All ranks again, over gloo, for a thread that talks while the others' groups are busy. Every rank calls this, in the same order."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc="background")
+
+
 def _connect(mesh: Mesh) -> None:
     """Let neighbours on the ring of a pipeline's ranks speak once in each direction.
 

@@ -54,7 +54,7 @@ class Report:
             "run_dir": run_dir,
         }
         write_status(run_dir, "running", first_step)
-        self.metrics = MetricsFile(run_dir, first_step)
+        self.metrics = MetricsFile(run_dir, first_step, trainer.evaluation_due)
         self.console = Console(config, config.train.max_steps, first_step)
         self.console.banner(facts)
         self.wandb = start_wandb(config, run_dir, facts)
@@ -141,9 +141,9 @@ class Report:
             self._log(record)
             self.console.evaluation(record)
 
-    def saved(self, step: int) -> None:
-        """Note a complete checkpoint."""
-        if self.speaks:
+    def saved(self, step: int | None) -> None:
+        """Note a checkpoint that has become complete; None: there is none."""
+        if self.speaks and step is not None:
             write_status(self.run_dir, "running", step)
 
     def warn(self, text: str) -> None:

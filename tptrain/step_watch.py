@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from pathlib import Path
 
 from tptrain.checkpoint.folder import complete_checkpoints
+from tptrain.checkpoint.saver import Saver
 from tptrain.report import Report
 from tptrain.stop import Wish
 from tptrain.trainer import StepResult, Trainer
@@ -18,9 +18,9 @@ from tptrain.trainer import StepResult, Trainer
 class StepWatch:
     """Looks at every step of one run."""
 
-    def __init__(self, trainer: Trainer, report: Report, run_dir: Path, wish: Wish) -> None:
+    def __init__(self, trainer: Trainer, report: Report, saver: Saver, wish: Wish) -> None:
         """Begins to listen to `wish`."""
-        self._trainer, self._report, self._run_dir, self._wish = trainer, report, run_dir, wish
+        self._trainer, self._report, self._saver, self._wish = trainer, report, saver, wish
         train = trainer.config.train
         self._most = train.max_skipped_steps
         self._minutes = train.max_minutes
@@ -59,7 +59,7 @@ class StepWatch:
     def farewell(self) -> str:
         """Why and where the run stops."""
         limit = f"train.max_minutes={self._minutes:g}" if self._end is not None and time.monotonic() >= self._end else "another rank"
-        newest = complete_checkpoints(self._run_dir)
+        newest = complete_checkpoints(self._saver.home)
         kept = f"saved as {newest[-1].name}" if newest else "nothing is saved"
         return f"stopped by {self._wish.reason or limit} after step {self._trainer.steps_done}, {kept}"
 
@@ -80,6 +80,7 @@ class StepWatch:
             raise FloatingPointError(f"step {step}: {what}: training has diverged: {self._why()}")
 
     def _why(self) -> str:
-        row, newest = self._in_a_row, complete_checkpoints(self._run_dir)
+        self._saver.wait()  # all ranks are here
+        row, newest = self._in_a_row, complete_checkpoints(self._saver.home)
         kept = f"the last good checkpoint is {newest[-1]}" if newest else "there is no checkpoint yet"
         return f"{row} step{'s' * (row > 1)} in a row left out, train.max_skipped_steps={self._most}; {kept}"

@@ -9,19 +9,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from tptrain.checkpoint.folder import find_start, read_state
+from tptrain.checkpoint.folder import read_state
 from tptrain.checkpoint.hugging_face.weights import load_weights
-from tptrain.checkpoint.sharded import load, save
+from tptrain.checkpoint.restore import restore
+from tptrain.checkpoint.saver import Saver
+from tptrain.checkpoint.sharded import load
 from tptrain.config import Config, refuse
 from tptrain.data.dataset import VAL_LOSS, open_data
 from tptrain.data.stream import StreamRows, merge_states
 from tptrain.data.tokenizers import load_tokenizer
-from tptrain.mesh import build_mesh, own_device
+from tptrain.mesh import background_group, build_mesh, own_device
+from tptrain.monitor.log import prepare_logger
 from tptrain.monitor.peak_memory import reset_peak_memory
 from tptrain.monitor.step_timer import StepTimer
+from tptrain.monitor.wandb_run import adopt_id, kept_id
 from tptrain.report import Report
 from tptrain.step_watch import StepWatch
 from tptrain.stop import Stopped, Wish
@@ -35,16 +38,18 @@ def train(config: Config, run_dir: Path, store_dir: Path, wish: Wish | None = No
     token, or None. Raises Stopped, on all ranks, once what was asked to stop is saved.
     """
     began = time.perf_counter()
+    gc.collect()
+    gc.freeze()  # so that the garbage collector does not look through all of torch in the middle of a step or a save
     reset_peak_memory()
     device = own_device(config.hardware.device)
     mesh = build_mesh(config.parallel, device, config.launch.timeout_seconds)
     trainer = Trainer(config, mesh, open_data(config, store_dir))
-    gc.freeze()  # the garbage collector need not look through all of torch, now and then, in the middle of a step or a save
-    resume(trainer, run_dir)
+    saver = Saver(run_dir, config.checkpoint, background_group(config.checkpoint.timeout_seconds))
+    resume(trainer, run_dir, saver.group)
     trainer.read_ahead()
     max_steps = config.train.max_steps
     report = Report(config, mesh, trainer, run_dir)
-    watch = StepWatch(trainer, report, run_dir, wish or Wish())
+    watch = StepWatch(trainer, report, saver, wish or Wish())
     timer, val_loss, result, done = StepTimer(), None, None, False
     try:
         if trainer.evaluation_due:
@@ -61,6 +66,8 @@ def train(config: Config, run_dir: Path, store_dir: Path, wish: Wish | None = No
             if waits:
                 result.wait()  # for the device, so that the clock stops after the step
             watch.look(step, result, waits)
+            saver.prepare(trainer.share.owned_parameters(), trainer.optimizer)
+            report.saved(saver.take_complete())
             saves = (saves and not watch.in_doubt) or watch.stop
             timer.step()
             with timer.paused():
@@ -73,11 +80,11 @@ def train(config: Config, run_dir: Path, store_dir: Path, wish: Wish | None = No
                     val_loss = evaluate(trainer, report, watch)
                     saves = saves or watch.stop
                 if saves:
-                    save_checkpoint(trainer, run_dir)
-                    report.saved(step)
+                    save_checkpoint(trainer, saver)
         if config.train.sample_tokens and result is not None and not watch.stop:
             with suppress(BrokenOff):
                 report.sample(write_text(trainer, config, run_dir))
+        saver.finish()
         if watch.stop and (trainer.steps_done < max_steps or trainer.evaluation_due):
             report.stopped(trainer.steps_done, time.perf_counter() - began)
             done = True
@@ -85,6 +92,7 @@ def train(config: Config, run_dir: Path, store_dir: Path, wish: Wish | None = No
         report.finish(trainer.steps_done, result, trainer.samples_done, val_loss, timer.overall(), time.perf_counter() - began)
         done = True
     finally:
+        saver.close()
         trainer.close()
         report.close(done)
     return val_loss
@@ -110,25 +118,32 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def resume(trainer: Trainer, run_dir: Path) -> None:
+def resume(trainer: Trainer, run_dir: Path, group: dist.ProcessGroup) -> None:
     """Continue from the checkpoint that the config points to, else begin with the weights of train.init_from, if there are any.
 
-    Rank 0 looks, so that all take the same.
+    group: all ranks, over gloo, with the time limit of the slowest disk.
     """
-    start: list[Path | None] = [None]
-    if dist.get_rank() == 0:
-        start[0] = find_start(trainer.config, run_dir)
-    dist.broadcast_object_list(start, src=0, group=trainer.mesh.world, device=torch.device("cpu"))
-    if start[0] is not None:
-        _check_same_data(trainer, start[0])
-        state = load(start[0], trainer.share.parameters(), trainer.optimizer, trainer.mesh.world)
-        trainer.share.repeat_tied(trainer.optimizer)
-        trainer.steps_done, trainer.samples_done = state["step"], state["samples"]
-        trainer.load_progress(state.get("progress", {}))
-        if isinstance(trainer.data.train, StreamRows) and trainer.reads:
-            trainer.data.train.load_state(state.get("stream"))
-    elif trainer.config.train.init_from is not None:
-        load_weights(trainer.config.train.init_from, trainer.config.model, trainer.share.named_parameters())
+
+    def read(start: Path) -> None:
+        _check_same_data(trainer, start)
+        load(start, trainer.share.parameters(), trainer.optimizer, group)
+
+    config = trainer.config
+    start, passed_over = restore(config, run_dir, read, group)
+    for line in passed_over:
+        prepare_logger().warning(line)
+    if start is None:
+        if config.train.init_from is not None:
+            load_weights(config.train.init_from, config.model, trainer.share.named_parameters())
+        return
+    state = read_state(start)
+    trainer.share.repeat_tied(trainer.optimizer)
+    trainer.steps_done, trainer.samples_done = state["step"], state["samples"]
+    trainer.load_progress(state.get("progress", {}))
+    if isinstance(trainer.data.train, StreamRows) and trainer.reads:
+        trainer.data.train.load_state(state.get("stream"))
+    if dist.get_rank() == 0 and (config.checkpoint.resume == "auto" or config.wandb.continue_run):
+        adopt_id(run_dir, state.get("wandb_id"))
 
 
 def _check_same_data(trainer: Trainer, start: Path) -> None:
@@ -140,15 +155,15 @@ def _check_same_data(trainer: Trainer, start: Path) -> None:
         raise refuse("data.source", trainer.config.data.source, rule, "use the same text, or another hydra.run.dir")
 
 
-def save_checkpoint(trainer: Trainer, run_dir: Path) -> None:
-    """Write what a resume under any layout needs."""
+def save_checkpoint(trainer: Trainer, saver: Saver) -> None:
+    """Save what a resume under any layout needs."""
     state = {"step": trainer.steps_done, "samples": trainer.samples_done, "config": asdict(trainer.config)}
     state["train_tokens"] = dict(trainer.data.train_tokens)
     state["progress"] = trainer.progress()
+    state["wandb_id"] = kept_id(saver.run_dir)
     if isinstance(trainer.data.train, StreamRows):
         state["stream"] = _gather_stream_state(trainer, trainer.data.train)
-    parameters = trainer.share.owned_parameters()
-    save(run_dir, parameters, trainer.optimizer, state, trainer.config.checkpoint.keep, trainer.mesh.world)
+    saver.save(trainer.share.owned_parameters(), trainer.optimizer, state)
 
 
 def _gather_stream_state(trainer: Trainer, rows: StreamRows) -> dict[str, Any] | None:

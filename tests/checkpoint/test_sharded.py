@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
+from tests.saving import save_now, start_from
 from tests.support import skewed_tokens, small_config
 
 LAYOUTS: list[dict[str, Any]] = [
@@ -50,7 +51,6 @@ def walk(rank: int, folder: Path, base: dict[str, Any]) -> list[dict[str, Any]]:
     """Train and save under the first layout; load under each other one, and save again there for the next."""
     from tptrain.data.dataset import Data
     from tptrain.mesh import build_mesh
-    from tptrain.train import resume, save_checkpoint
     from tptrain.trainer import Trainer
 
     seen = []
@@ -63,11 +63,11 @@ def walk(rank: int, folder: Path, base: dict[str, Any]) -> list[dict[str, Any]]:
                 trainer.step()
         else:
             config.checkpoint.resume = str(folder / f"run{number - 1}/checkpoints/step-00000003")
-            resume(trainer, folder / f"run{number}")
+            start_from(trainer, folder / f"run{number}")
             assert trainer.steps_done == 3
             assert_copies_are_equal(trainer)
         seen.append({"state": whole_state(trainer), "samples": trainer.samples_done})
-        save_checkpoint(trainer, folder / f"run{number}")
+        save_now(trainer, folder / f"run{number}")
     return seen
 
 

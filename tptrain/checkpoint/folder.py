@@ -2,6 +2,7 @@
 
 checkpoints/step-00000100/           complete: it got this name by a rename, after all of it was on disk
 checkpoints/step-00000200.partial/   being written, or left by a run that was killed
+checkpoints/step-00000150.damaged/   was complete, and is not what was written any more: a run went on from an older one
 checkpoints/latest                   the name of the newest complete one
 """
 
@@ -10,35 +11,26 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tptrain.config import Config, refuse
-from tptrain.config_error import as_text
+from tptrain.checkpoint.manifest import DamagedCheckpoint, read_json, write_manifest
+from tptrain.config import CheckpointConfig
 from tptrain.files import sync_folder, write_atomically
 
-_COMPLETE = re.compile(r"step-(\d{8})")
+_COMPLETE = re.compile(r"step-(\d{8,})")
 STATE_FILE = "state.json"
-_MAY_CHANGE = ("path", "revision")
-"""Of a mixture's source and of a tokenizer: text may have moved, and a revision may have been pinned. There must still be as much of it."""
-_MUST_EQUAL = {
-    "model": (
-        "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_hidden_size", "max_seq_len",
-        "position", "norm", "activation", "bias", "tie_embeddings", "rope_theta", "norm_eps",
-    ),
-    "optimizer": ("name", "momentum"),
-    "data": (
-        "source", "seq_len", "name", "subset", "split", "text_column", "vocab_size", "tokenizer", "val_fraction", "mixture",
-        "temperature", "streaming", "stream_lanes", "stream_run", "shuffle_buffer", "val_documents",
-    ),
-}  # fmt: skip
+LATEST = "latest"
 
 
-def checkpoint_folder(run_dir: Path, step: int) -> Path:
+def home_of(config: CheckpointConfig, run_dir: Path) -> Path:
+    """The folder that holds a run's checkpoints."""
+    return Path(config.dir) if config.dir is not None else run_dir / "checkpoints"
+
+
+def checkpoint_folder(home: Path, step: int) -> Path:
     """Where the complete checkpoint of a step stands."""
-    return run_dir / "checkpoints" / f"step-{step:08d}"
+    return home / f"step-{step:08d}"
 
 
 def partial_folder(final: Path) -> Path:
@@ -46,93 +38,75 @@ def partial_folder(final: Path) -> Path:
     return final.with_name(final.name + ".partial")
 
 
-def complete_checkpoints(run_dir: Path) -> list[Path]:
+def complete_checkpoints(home: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    folder = run_dir / "checkpoints"
-    return sorted(path for path in folder.iterdir() if _COMPLETE.fullmatch(path.name)) if folder.is_dir() else []
+    return sorted((path for path in home.iterdir() if _COMPLETE.fullmatch(path.name)), key=step_of) if home.is_dir() else []
 
 
-def find_start(config: Config, run_dir: Path) -> Path | None:
-    """The checkpoint that a run starts from by `checkpoint.resume`, or None.
-
-    Raises ConfigError where there is none, where it is of another model, optimizer or data, or where the run folder holds later
-    checkpoints, which the run would overwrite.
-    """
-    resume, complete = config.checkpoint.resume, complete_checkpoints(run_dir)
-    start: Path | None = None
-    if resume == "auto":
-        start = complete[-1] if complete else None
-    elif resume != "never":
-        start = Path(resume)
-        if not (start / STATE_FILE).is_file():
-            remedy = "use auto, never or the path of a checkpoints/step-* folder"
-            raise refuse("checkpoint.resume", resume, "is no checkpoint folder", remedy)
-    if start is not None:
-        _check_same_training(config, start)
-    if complete and read_state(complete[-1])["step"] > (read_state(start)["step"] if start else 0):
-        rule = f"would overwrite {complete[-1]}, which is further"
-        raise refuse("checkpoint.resume", resume, rule, "use checkpoint.resume=auto, or another hydra.run.dir")
-    return start
+def step_of(complete: Path) -> int:
+    """The step that a complete checkpoint was made after, by its name."""
+    found = _COMPLETE.fullmatch(complete.name)
+    assert found is not None, f"{complete} is no checkpoint's name"
+    return int(found[1])
 
 
-def _check_same_training(config: Config, start: Path) -> None:
-    """Refuse a checkpoint whose tensors or sample numbers mean something else under this config."""
-    for key, asked, saved in differences(config, start, _MUST_EQUAL):
-        rule, remedy = f"differs from {as_text(saved)} of {start}", f"use {key}={as_text(saved)}, or another hydra.run.dir"
-        raise refuse(key, asked, rule, remedy)
-
-
-def differences(config: Config, folder: Path, groups: Iterable[str]) -> Iterator[tuple[str, Any, Any]]:
-    """Keys of `groups` by which a complete checkpoint is of something else than `config`, with the config's value and its own."""
-    saved, asked = read_state(folder)["config"], asdict(config)
-    for group in groups:
-        for name in _MUST_EQUAL[group]:
-            if name in saved[group]:  # an older checkpoint may lack a key
-                yield from _differing(f"{group}.{name}", asked[group][name], saved[group][name])
-
-
-def _differing(key: str, asked: Any, saved: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The keys, of several within `key` where it is a group, whose values differ. A group with other names differs as a whole."""
-    if not (isinstance(asked, dict) and isinstance(saved, dict)):
-        if asked != saved:
-            yield key, asked, saved
-    elif asked.keys() != saved.keys():
-        yield key, sorted(asked), sorted(saved)
-    else:
-        for name in asked:
-            if name not in _MAY_CHANGE or isinstance(asked[name], dict):  # which would be a source of that name
-                yield from _differing(f"{key}.{name}", asked[name], saved[name])
+def make_room(partial: Path) -> None:
+    """Make an empty folder to write a checkpoint into. Nothing else may be being written: what runs that were killed left is deleted."""
+    clear(partial.parent)
+    partial.mkdir(parents=True)
+    sync_folder(partial.parent)
 
 
 def publish(partial: Path, state: dict[str, Any]) -> Path:
-    """Make a fully written partial folder the newest complete checkpoint. Returns its final path."""
+    """Make a fully written partial folder the newest complete checkpoint. Returns its final path.
+
+    The manifest is written last, then the folder gets its name, and `latest` follows.
+    """
     final = partial.with_name(partial.name.removesuffix(".partial"))
     write_atomically(partial / STATE_FILE, (json.dumps(state, indent=2) + "\n").encode())
+    write_manifest(partial)
     if final.exists():
-        _delete(final)
+        _doom(final)
     partial.rename(final)
     sync_folder(final.parent)
-    write_atomically(final.parent / "latest", f"{final.name}\n".encode())
+    write_atomically(final.parent / LATEST, f"{final.name}\n".encode())
     return final
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `publish` was given."""
-    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+    """What `publish` was given. Raises DamagedCheckpoint where the file holds something else."""
+    state = read_json(folder / STATE_FILE)
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint(folder / STATE_FILE, "is no training state")
     return state
 
 
-def rotate(run_dir: Path, keep: int) -> None:
-    """Delete all but the `keep` newest complete checkpoints, and what killed runs left."""
-    for path in complete_checkpoints(run_dir)[:-keep]:
-        _delete(path)
-    for leftover in (run_dir / "checkpoints").glob("step-*.*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def rotate(home: Path, keep: int, keep_every: int | None = None) -> None:
+    """Delete all but the `keep` newest complete checkpoints and those of every `keep_every`th step, and what killed runs left."""
+    for path in complete_checkpoints(home)[:-keep]:
+        if keep_every is None or step_of(path) % keep_every:
+            _doom(path)
+    clear(home)
 
 
-def _delete(complete: Path) -> None:
-    """Delete a complete checkpoint. Renamed first, so that no half-deleted folder bears a complete one's name."""
+def clear(home: Path) -> None:
+    """Delete what is given up or was left by runs that were killed. To be called while nothing is written."""
+    for ending in ("partial", "deleted"):
+        for leftover in home.glob(f"step-*.{ending}"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def set_aside(damaged: Path) -> Path:
+    """Rename a damaged checkpoint, so that it counts no more. It stays until somebody deletes it. Returns its new path."""
+    aside = damaged.with_name(damaged.name + ".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    damaged.rename(aside)
+    sync_folder(aside.parent)
+    return aside
+
+
+def _doom(complete: Path) -> None:
+    """Mark a complete checkpoint as one to be deleted: renamed first, so that no half-deleted folder bears a complete one's name."""
     doomed = complete.with_name(complete.name + ".deleted")
     shutil.rmtree(doomed, ignore_errors=True)
     complete.rename(doomed)
-    shutil.rmtree(doomed)

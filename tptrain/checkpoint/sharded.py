@@ -10,7 +10,6 @@ layout loads what any other saved. Everything else is a few numbers in `state.js
 from __future__ import annotations
 
 import contextlib
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,47 +21,19 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
-from tptrain.checkpoint.folder import checkpoint_folder, partial_folder, publish, read_state, rotate
+from tptrain.checkpoint.folder import read_state
 from tptrain.checkpoint.manifest import DamagedCheckpoint
 from tptrain.checkpoint.reader import FittingPlanner, TileReader, UnfitCheckpoint
 from tptrain.checkpoint.writer import TileWriter
 
 
-def save(
-    run_dir: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep: int,
-    world: dist.ProcessGroup,
-) -> Path:
-    """Write a checkpoint of step state["step"]. All ranks call this; returns the complete folder's path.
+def load(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, group: dist.ProcessGroup) -> None:
+    """Fill parameters and their optimizer state from a checkpoint of any layout. All ranks of `group` call this.
 
-    parameters: those that this rank saves, by their names in the whole model.
-    state: what else a resume needs, as JSON. keep: complete checkpoints that stay. world: all ranks.
+    Raises what `read_tensors` raises.
     """
-    final = checkpoint_folder(run_dir, state["step"])
-    partial = partial_folder(final)
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier(group=world)
-    write_tensors(partial, training_tensors(parameters, optimizer), world)
-    if first:
-        publish(partial, state)
-        rotate(run_dir, keep)
-    dist.barrier(group=world)
-    return final
-
-
-def load(
-    folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, world: dist.ProcessGroup
-) -> dict[str, Any]:
-    """Fill parameters and their optimizer state from a checkpoint of any layout. All ranks call this. Returns the saved state."""
     materialise_state(optimizer)
-    read_tensors(folder, training_tensors(parameters, optimizer), world)
-    return read_state(folder)
+    read_tensors(folder, training_tensors(parameters, optimizer), group)
 
 
 def load_model(folder: Path, stage: nn.Module, world: dist.ProcessGroup) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from tptrain.files import write_atomically
 from tptrain.monitor.log import prepare_logger
 from tptrain.monitor.metrics import Record, plain
 
+_ID_FILE = "wandb_id"
+
 
 class WandbRun:
     """A started W&B run, or, made with None, one that does nothing."""
@@ -72,7 +74,7 @@ def start_wandb(config: Config, run_dir: Path, facts: dict[str, Any]) -> WandbRu
         wandb.setup(settings=settings)
         run = wandb.init(
             dir=str(run_dir),
-            id=_kept_id(run_dir),
+            id=_id_of(run_dir),
             resume="allow",
             mode=config.wandb.mode,  # type: ignore[arg-type]
             project=config.wandb.project,
@@ -96,14 +98,22 @@ def run_name(config: Config) -> str:
     return f"{config.model.name}-{layout or 'single'}"
 
 
-def _kept_id(run_dir: Path) -> str:
-    path = run_dir / "wandb_id"
-    kept = path.read_text().strip() if path.exists() else ""
-    if kept:
-        return kept
+def kept_id(run_dir: Path) -> str | None:
+    """The id of the W&B run of a run folder, or None where there was none yet."""
+    path = run_dir / _ID_FILE
+    return (path.read_text().strip() if path.exists() else "") or None
+
+
+def adopt_id(run_dir: Path, wandb_id: str | None) -> None:
+    """Let a run folder that has no W&B run yet go on in the one whose id a checkpoint brought, if it did."""
+    if wandb_id and kept_id(run_dir) is None:
+        write_atomically(run_dir / _ID_FILE, f"{wandb_id}\n".encode())
+
+
+def _id_of(run_dir: Path) -> str:
     made = secrets.token_hex(4)
-    write_atomically(path, f"{made}\n".encode())
-    return made
+    adopt_id(run_dir, made)
+    return kept_id(run_dir) or made
 
 
 def _warn(what: str, error: Exception) -> None:

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from tests.checkpoint.hugging_face.models import VOCAB, keys_of, tensors_of, their_model
 from tests.ranks import run_ranks
+from tests.saving import save_now, start_from
 from tests.support import skewed_tokens, small_config
 from tptrain.config import Config
 from tptrain.export import export
@@ -118,17 +119,16 @@ def test_any_layout_starts_from_a_folder_reading_what_it_holds(tmp_path: Path) -
 
 def start_and_save(rank: int, folder: Path) -> None:
     """From each folder, under tp2_pp2: a checkpoint at once, and one after two steps."""
-    from tptrain.train import resume, save_checkpoint
 
     for family, tied in ALL:
         config = small_config(**keys_of(family, tied), **parallel_keys(LAYOUTS[0]), train__init_from=str(folder / f"{family}-{tied}"))
         trainer = trainer_of(config)
         run_dir = folder / f"{family}-{tied}-run"
-        resume(trainer, run_dir)
-        save_checkpoint(trainer, run_dir)
+        start_from(trainer, run_dir)
+        save_now(trainer, run_dir)
         trainer.step()
         trainer.step()
-        save_checkpoint(trainer, run_dir)
+        save_now(trainer, run_dir)
         if rank == 0:
             Job("train", config, run_dir, run_dir).save()
 
