@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tptrain.checkpoint.folder import read_state
+from tptrain.checkpoint.folder import home_of, read_state
 from tptrain.data.dataset import VAL_LOSS
 from tptrain.data.fingerprint import hash_of
 from tptrain.examine.settle import Exam, Settled
@@ -80,7 +80,7 @@ def result_of_exam(settled: Settled, exam: Exam, log_likelihoods: Sequence[float
 def folder_of(settled: Settled) -> Path:
     """Where the results of this checkpoint go."""
     checkpoint = settled.checkpoint
-    is_own = checkpoint.parent == Path(settled.config.run) / "checkpoints"
+    is_own = checkpoint.parent == home_of(settled.trained.checkpoint, Path(settled.config.run)).absolute()
     return settled.config.folder / (checkpoint.name if is_own else f"{checkpoint.name}-{hash_of(str(checkpoint))[:8]}")
 
 
