@@ -11,6 +11,7 @@ all of the files in the page cache: no disk, only copies and checksums.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shutil
 import statistics
@@ -18,12 +19,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.alternate import ratio, turns
 from benchmarks.two_ranks import CPU, Sizes, add_sizes, barrier, config_of, say, start
-from tptrain.checkpoint.memory import as_bytes
 from tptrain.checkpoint.sharded import materialise_state, read_tensors, training_tensors, write_tensors
 from tptrain.data.dataset import Data
 from tptrain.data.memorize import random_tokens
@@ -34,6 +35,7 @@ from tptrain.trainer import Trainer
 
 def measure(options: argparse.Namespace) -> None:
     """One rank."""
+    gc.freeze()  # as a training does
     names = ("layers", "hidden", "heads", "vocab", "seq_len", "micro_batch_size", "micro_batches")
     config = config_of(Sizes(*(getattr(options, name) for name in names)), f"parallel.tp={dist.get_world_size()}")
     mesh = build_mesh(config.parallel, CPU, 600)
@@ -58,7 +60,7 @@ def measure(options: argparse.Namespace) -> None:
 
 def ways(folder: Path, tensors: dict[str, Tensor], world: dist.ProcessGroup) -> dict[str, Callable[[], None]]:
     """What is timed."""
-    pieces = [as_bytes(local_part(tensor)) for tensor in tensors.values()]
+    pieces = [local_part(tensor).view(-1).view(torch.uint8).numpy().data for tensor in tensors.values()]
     plain, saved = folder / f"plain-{dist.get_rank()}", folder / "saved"
     saved.mkdir(exist_ok=True)
 

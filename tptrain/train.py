@@ -38,12 +38,13 @@ def train(config: Config, run_dir: Path, store_dir: Path, wish: Wish | None = No
     token, or None. Raises Stopped, on all ranks, once what was asked to stop is saved.
     """
     began = time.perf_counter()
+    gc.collect()
+    gc.freeze()  # so that the garbage collector does not look through all of torch in the middle of a step or a save
     reset_peak_memory()
     device = own_device(config.hardware.device)
     mesh = build_mesh(config.parallel, device, config.launch.timeout_seconds)
     trainer = Trainer(config, mesh, open_data(config, store_dir))
     saver = Saver(run_dir, config.checkpoint, background_group(config.checkpoint.timeout_seconds))
-    gc.freeze()  # the garbage collector need not look through all of torch, now and then, in the middle of a step or a save
     resume(trainer, run_dir, saver.group)
     trainer.read_ahead()
     max_steps = config.train.max_steps

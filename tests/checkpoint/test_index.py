@@ -85,6 +85,7 @@ CHANGES: dict[str, tuple[Callable[[Entry], Any], str]] = {
     "dimensions": (lambda e: chunk(e).update(offset=[0]), "a wrong offset or size of a chunk"),
     "before": (lambda e: chunk(e).update(at=-4), "a wrong at"),
     "true": (lambda e: chunk(e).update(at=True), "a wrong at"),
+    "odd": (lambda e: chunk(e).update(at=2), "a chunk that begins within a number"),
     "checksum": (lambda e: chunk(e).update(xxh3_64="0" * 15), "too many or too few checksums"),
     "no checksum": (lambda e: chunk(e).pop("xxh3_64"), "wrong checksums"),
     "words": (lambda e: chunk(e).update(xxh3_64="checksumchecksum"), "wrong checksums"),

@@ -133,6 +133,8 @@ def _tensor(entry: Any) -> StoredTensor:
     tensor = StoredTensor(DTYPES[entry["dtype"]], shape, parts, {chunk.offset: chunk for chunk in chunks})
     if len(tensor.chunks) != len(chunks) or not _is_grid(tensor):
         raise _Wrong(f"chunks that do not cover {list(shape)} once")
+    if any(chunk.at % tensor.dtype.itemsize for chunk in chunks):
+        raise _Wrong("a chunk that begins within a number")
     counts = [math.prod(len(edges) - 1 for edges in grid(shape, parts, chunk.offset, chunk.size)) for chunk in chunks]
     if any(len(chunk.checksums) != CHECKSUM_DIGITS * count for chunk, count in zip(chunks, counts, strict=True)):
         raise _Wrong("too many or too few checksums")

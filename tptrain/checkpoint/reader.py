@@ -1,16 +1,17 @@
 """Reads tensors that `writer.py` wrote, for `torch.distributed.checkpoint`, which decides which part of which chunk goes where.
 
-A rank reads just the tiles that hold something it needs, each whole, compares the checksum, and copies what it needs; a tile that it needs
-whole and has in one piece in memory is read straight into its place. Tiles that follow each other in a file are read together, and the
-operating system is told ahead what comes next. Nothing but numbers is made of what the files hold.
+A rank reads just the tiles that hold something it needs, each whole, compares the checksum, and copies what it needs. Tiles that follow
+each other in a file are read together; a thread reads the next ones meanwhile. Nothing but numbers is made of what the files hold.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future as Job
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import islice
+from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,13 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorPr
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.futures import Future
 
+from tptrain.checkpoint.direct import BLOCK, Buffer, DirectFile, round_up
 from tptrain.checkpoint.index import CHECKSUM_DIGITS, StoredTensor, read_index
 from tptrain.checkpoint.manifest import DamagedCheckpoint, file_size, unreadable
-from tptrain.checkpoint.memory import BATCH_BYTES, BATCH_TILES, Scratch, as_bytes, box_of, in_one_piece
-from tptrain.checkpoint.tiles import Tile
+from tptrain.checkpoint.tiles import Tile, overlap, slices
 
-_BATCHES_AHEAD = 4
-"""The operating system is told of so many batches that will be read next."""
+BATCH_BYTES = 4 << 20
+"""So much is read at a time, or one tile."""
 
 
 class UnfitCheckpoint(Exception):
@@ -94,9 +95,9 @@ class TileReader(StorageReader):
             target = planner.resolve_tensor(item).detach()
             for file, read in self._reads(item, target):
                 wanted.setdefault(file, []).append(read)
-        scratch = Scratch()
-        for file, reads in sorted(wanted.items()):
-            _read_file(self._folder / file, sorted(reads, key=lambda read: read.at), scratch)
+        with ThreadPoolExecutor(1, "checkpoint-reader") as pool:
+            for file, reads in sorted(wanted.items()):
+                _read_file(self._folder / file, sorted(reads, key=lambda read: read.at), pool)
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -113,7 +114,7 @@ class TileReader(StorageReader):
             if found is not None:
                 offset, size = found
                 checksum = chunk.checksums[CHECKSUM_DIGITS * number :][:CHECKSUM_DIGITS]
-                place = box_of(target, first, offset, size)
+                place = target[slices(first, offset, size)]
                 yield chunk.file, _Read(key, tensor.dtype, chunk.at + tile.at, tile, checksum, offset, place)
 
     @classmethod
@@ -155,93 +156,61 @@ class FittingPlanner(DefaultLoadPlanner):
         return self._plan
 
 
-def overlap(
-    offset: Sequence[int], size: Sequence[int], other_offset: Sequence[int], other_size: Sequence[int]
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The box that two boxes share, or None: its first corner and its lengths.
-
-    >>> overlap([0, 4], [8, 8], [2, 0], [2, 6]), overlap([0], [4], [4], [4])
-    (((2, 4), (2, 2)), None)
-    """
-    first, lengths = [], []
-    for begin, length, other, other_length in zip(offset, size, other_offset, other_size, strict=True):
-        first.append(max(begin, other))
-        lengths.append(min(begin + length, other + other_length) - first[-1])
-        if lengths[-1] <= 0:
-            return None
-    return tuple(first), tuple(lengths)
-
-
 def _described(tensor: StoredTensor) -> TensorStorageMetadata:
     """A tensor on disk in torch's words."""
     chunks = [ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.size)) for chunk in tensor.chunks.values()]
     return TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape), chunks)
 
 
-def _read_file(path: Path, reads: Sequence[_Read], scratch: Scratch) -> None:
-    """Read tiles of one file, in their order. Raises DamagedCheckpoint."""
+def _read_file(path: Path, reads: Sequence[_Read], pool: ThreadPoolExecutor) -> None:
+    """Read tiles of one file, in their order, into their places. Raises DamagedCheckpoint."""
     file_size(path)
     batches = list(_batches(reads))
+    length = max(_span(batch)[1] - _span(batch)[0] for batch in batches)
+    buffers = cycle([Buffer(length), Buffer(length)])
     try:
-        with open(path, "rb", buffering=0) as file:
-            announced = iter(batches)
-            for batch in islice(announced, _BATCHES_AHEAD):
-                _announce(file.fileno(), batch)
-            for batch in batches:
-                for coming in islice(announced, 1):
-                    _announce(file.fileno(), coming)
-                _read_batch(path, file.fileno(), batch, scratch)
+        with DirectFile(path, os.O_RDONLY) as file:
+
+            def start(batch: Sequence[_Read]) -> tuple[Buffer, Job[int]]:
+                buffer, (first, end) = next(buffers), _span(batch)
+                return buffer, pool.submit(file.read, buffer.bytes[: end - first], first)
+
+            coming = start(batches[0])
+            for batch, following in zip_longest(batches, batches[1:]):
+                buffer, job = coming
+                end = _span(batch)[0] + job.result()
+                if following is not None:
+                    coming = start(following)
+                if end < batch[-1].end:
+                    raise DamagedCheckpoint(path, f"ends at byte {end:,}, before the tensors that it should hold do")
+                _place(path, buffer, batch)
     except OSError as error:
         raise unreadable(path, error) from None
 
 
-def _announce(descriptor: int, batch: Sequence[_Read]) -> None:
-    """Tell the operating system, where it listens, that a batch will be read."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, batch[0].at, batch[-1].end - batch[0].at, os.POSIX_FADV_WILLNEED)
-
-
 def _batches(reads: Sequence[_Read]) -> Iterator[list[_Read]]:
-    """Tiles that are read together: they follow each other without a gap, and are not too many."""
+    """Tiles that are read together: no block between them is without one, and they are not too many."""
     batch: list[_Read] = []
     for read in reads:
-        if batch and (batch[-1].end != read.at or read.end - batch[0].at > BATCH_BYTES or len(batch) == BATCH_TILES):
+        if batch and (read.at > round_up(batch[-1].end) or read.end - _span(batch)[0] > BATCH_BYTES):
             yield batch
             batch = []
         batch.append(read)
-    if batch:
-        yield batch
+    yield batch
 
 
-def _read_batch(path: Path, descriptor: int, batch: Sequence[_Read], scratch: Scratch) -> None:
-    """Read tiles that follow each other, compare them and put them in their places. Raises DamagedCheckpoint and OSError."""
-    scratch.clear()
-    places: list[Tensor | None] = []
-    pieces: list[memoryview] = []
+def _span(batch: Sequence[_Read]) -> tuple[int, int]:
+    """The first byte of a file that is read for a batch, and one past the last: whole blocks."""
+    return batch[0].at // BLOCK * BLOCK, round_up(batch[-1].end)
+
+
+def _place(path: Path, buffer: Buffer, batch: Sequence[_Read]) -> None:
+    """Compare the tiles that a buffer holds, and put them in their places. Raises DamagedCheckpoint."""
+    first = _span(batch)[0]
     for read in batch:
-        straight = read.target.shape == read.tile.size and read.target.dtype == read.dtype and in_one_piece(read.target)
-        tile, piece = (None, as_bytes(read.target)) if straight else scratch.take(read.dtype, read.tile.size)
-        places.append(tile)
-        pieces.append(piece)
-    _fill(path, descriptor, list(pieces), batch[0].at)
-    for read, piece, tile_values in zip(batch, pieces, places, strict=True):
-        if xxhash.xxh3_64_hexdigest(piece) != read.checksum:
+        at, end, tile = read.at - first, read.end - first, read.tile
+        if xxhash.xxh3_64_hexdigest(buffer.bytes[at:end]) != read.checksum:
             rule = f"is not what was written: bytes {read.at:,} to {read.end:,}, of {read.key}, have another checksum"
             raise DamagedCheckpoint(path, rule)
-        if tile_values is not None:
-            read.target.copy_(box_of(tile_values, read.tile.offset, read.offset, read.target.shape))
-
-
-def _fill(path: Path, descriptor: int, pieces: list[memoryview], at: int) -> None:
-    """Fill pieces of memory from a file, one after the other, from byte `at` on. Raises DamagedCheckpoint and OSError."""
-    first = 0
-    while first < len(pieces):
-        done = os.preadv(descriptor, pieces[first:], at)
-        if done == 0:
-            raise DamagedCheckpoint(path, f"ends at byte {at:,}, before the tensors that it should hold do")
-        at += done
-        while first < len(pieces) and done >= len(pieces[first]):
-            done -= len(pieces[first])
-            first += 1
-        if done:
-            pieces[first] = pieces[first][done:]
+        values = buffer.view(at, read.dtype, tile.size)
+        read.target.copy_(values[slices(tile.offset, read.offset, read.target.shape)])

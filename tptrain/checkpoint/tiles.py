@@ -88,3 +88,29 @@ def tiles_of(box_grid: Sequence[Sequence[int]], number_bytes: int) -> list[Tile]
         found.append(Tile(tuple([first for first, _ in box]), lengths, at, math.prod(lengths) * number_bytes))
         at += found[-1].bytes
     return found
+
+
+def slices(first: Sequence[int], offset: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+    """What to index a box that begins at `first` with, to get the box at `offset` and as long as `size`; all in the whole tensor.
+
+    >>> slices([8, 0], [10, 4], [2, 2])
+    (slice(2, 4, None), slice(4, 6, None))
+    """
+    return tuple([slice(at - begin, at - begin + length) for at, begin, length in zip(offset, first, size, strict=True)])
+
+
+def overlap(
+    offset: Sequence[int], size: Sequence[int], other_offset: Sequence[int], other_size: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The box that two boxes share, or None: its first corner and its lengths.
+
+    >>> overlap([0, 4], [8, 8], [2, 0], [2, 6]), overlap([0], [4], [4], [4])
+    (((2, 4), (2, 2)), None)
+    """
+    first, lengths = [], []
+    for begin, length, other, other_length in zip(offset, size, other_offset, other_size, strict=True):
+        first.append(max(begin, other))
+        lengths.append(min(begin + length, other + other_length) - first[-1])
+        if lengths[-1] <= 0:
+            return None
+    return tuple(first), tuple(lengths)

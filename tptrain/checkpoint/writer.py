@@ -1,13 +1,15 @@
 """Writes tensors' bytes and `tensors.json`, for `torch.distributed.checkpoint`, which decides who writes which chunk.
 
-Each rank writes one file: the tiles (tiles.py) of its chunks, one after the other. A tile that lies in memory in one piece is written from
-there; others are gathered in a small buffer first, and get their checksum while the processor's cache still has them.
+Each rank writes one file: its chunks, tile after tile (tiles.py), with nothing in between. Tiles are gathered in a buffer, and get their
+checksum while the processor's cache still has them; a thread writes one buffer while the next is filled.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future as Job
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +23,13 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from tptrain.checkpoint.direct import BLOCK, Buffer, DirectFile, round_up
 from tptrain.checkpoint.index import Chunk, StoredTensor, tensors_file, write_index
-from tptrain.checkpoint.memory import BATCH_BYTES, BATCH_TILES, Scratch, as_bytes, box_of, in_one_piece
-from tptrain.checkpoint.tiles import grid, parts, tiles_of
+from tptrain.checkpoint.tiles import grid, parts, slices, tiles_of
 from tptrain.files import sync_folder
+
+BATCH_BYTES = 4 << 20
+"""So much is written at a time."""
 
 
 class TileWriter(StorageWriter):
@@ -52,15 +57,15 @@ class TileWriter(StorageWriter):
         results: list[WriteResult] = []
         path = self._folder / plan.storage_data
         if plan.items:
-            with _naming(path), open(path, "wb", buffering=0) as file:
-                batch = _Batch(file.fileno())
-                for item in plan.items:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            with _naming(path), DirectFile(path, flags) as file, ThreadPoolExecutor(1, "checkpoint-writer") as pool:
+                stream = _Stream(file, pool)
+                for item in sorted(plan.items, key=_order):
                     values = planner.resolve_data(item)
                     assert isinstance(values, Tensor)
-                    chunk = _write_chunk(batch, path.name, values.detach(), _data(item))
+                    chunk = _write_chunk(stream, path.name, values.detach(), _data(item))
                     results.append(WriteResult(item.index, values.nbytes, chunk))
-                batch.write()
-                os.fsync(file.fileno())
+                stream.finish()
             sync_folder(self._folder)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -84,54 +89,76 @@ class TileWriter(StorageWriter):
         return True
 
 
-class _Batch:
-    """Bytes on their way into a file: what is given, in this order, from the file's beginning."""
+class _Stream:
+    """Tensors on their way into a file, one after the other from its beginning.
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._written = descriptor, 0
-        self._pieces: list[memoryview] = []
-        self._bytes = 0
-        self._scratch = Scratch()
+    Two buffers take turns. Each begins at a block of the file, so numbers are aligned in memory as they are there.
+    """
+
+    def __init__(self, file: DirectFile, pool: ThreadPoolExecutor) -> None:
+        self._file, self._pool = file, pool
+        self._buffer, self._other = Buffer(BATCH_BYTES), Buffer(BATCH_BYTES)
+        self._first = 0  # where in the file the buffer begins
+        self._used = 0
+        self._writing: Job[None] | None = None
 
     @property
     def at(self) -> int:
-        """Where in the file the next piece will stand."""
-        return self._written + self._bytes
+        """Where in the file the next tensor will begin."""
+        return self._first + self._used
 
     def add(self, values: Tensor) -> str:
-        """Add a tensor's numbers, row by row. They must stay as they are until the next `write`. Returns their checksum."""
-        if len(self._pieces) == BATCH_TILES or self._bytes + values.nbytes > BATCH_BYTES:
-            self.write()
-        if in_one_piece(values):
-            piece = as_bytes(values)
-        else:
-            copy, piece = self._scratch.take(values.dtype, values.shape)
-            copy.copy_(values)
-        self._pieces.append(piece)
-        self._bytes += len(piece)
-        return xxhash.xxh3_64_hexdigest(piece)
+        """Add a tensor's numbers, row by row. Returns their checksum. Raises OSError."""
+        end = self._used + values.nbytes
+        if end > self._buffer.length:
+            self._write()
+            end = self._used + values.nbytes
+        if end > self._buffer.length:  # a tile that is larger than a batch
+            larger = Buffer(end)
+            larger.bytes[: self._used] = self._buffer.bytes[: self._used]
+            self._buffer = larger
+        self._buffer.view(self._used, values.dtype, tuple(values.shape)).copy_(values)
+        added = self._buffer.bytes[self._used : end]
+        self._used = end
+        return xxhash.xxh3_64_hexdigest(added)
 
-    def write(self) -> None:
-        """Write what was added. Raises OSError."""
-        pieces, first = self._pieces, 0
-        while first < len(pieces):
-            done = os.pwritev(self._descriptor, pieces[first:], self._written)
-            self._written += done
-            while first < len(pieces) and done >= len(pieces[first]):
-                done -= len(pieces[first])
-                first += 1
-            if done:
-                pieces[first] = pieces[first][done:]
-        self._pieces, self._bytes = [], 0
-        self._scratch.clear()
+    def finish(self) -> None:
+        """Write what is left, and put the file on disk. Raises OSError."""
+        length = self.at
+        self._used = round_up(self._used)
+        self._write()
+        self._wait()
+        self._file.finish(length)
+
+    def _write(self) -> None:
+        """Have the buffer's whole blocks written, and go on in the other one with what is left."""
+        self._wait()
+        whole = self._used // BLOCK * BLOCK
+        self._other.bytes[: self._used - whole] = self._buffer.bytes[whole : self._used]
+        self._writing = self._pool.submit(self._file.write, self._buffer.bytes[:whole], self._first)
+        self._buffer, self._other = self._other, self._buffer
+        self._first, self._used = self._first + whole, self._used - whole
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
 
 
-def _write_chunk(batch: _Batch, file: str, values: Tensor, data: TensorWriteData) -> Chunk:
+def _write_chunk(stream: _Stream, file: str, values: Tensor, data: TensorWriteData) -> Chunk:
     """Add a chunk's tiles to those that are written. Returns where they will be."""
-    at, offset, size = batch.at, tuple(data.chunk.offsets), tuple(data.chunk.sizes)
+    at, offset, size = stream.at, tuple(data.chunk.offsets), tuple(data.chunk.sizes)
     tiles = tiles_of(grid(data.size, parts(data.size, values.itemsize), offset, size), values.itemsize)
-    checksums = [batch.add(box_of(values, offset, tile.offset, tile.size)) for tile in tiles]
+    checksums = [stream.add(values[slices(offset, tile.offset, tile.size)]) for tile in tiles]
     return Chunk(file, at, offset, size, "".join(checksums))
+
+
+def _order(item: WriteItem) -> tuple[int, int]:
+    """Wide numbers before narrow ones, so that each begins at a multiple of its width; of these large chunks first, so that those which are
+    whole blocks begin at one."""
+    data = _data(item)
+    width = data.properties.dtype.itemsize
+    return -width, -data.chunk.sizes.numel() * width
 
 
 def _data(item: WriteItem) -> TensorWriteData:
