@@ -383,12 +383,12 @@ def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
     from hydra.types import RunMode
 
     from tptrain import launch
-    from tptrain.launch import JobFailed, give_home
+    from tptrain.launch import JobFailed
 
     settings = HydraConfig.get()
     run_dir = Path(settings.runtime.output_dir)
     sweeping = settings.mode == RunMode.MULTIRUN
-    give_home()
+    launch.give_home()
     if sweeping and "wandb" in cfg and cfg.wandb.group is None:
         cfg.wandb.group = near(settings.sweep.dir)  # where the jobs are found, on disk as in W&B
     job = f"job {settings.job.num} ({settings.job.override_dirname}): " if sweeping else ""

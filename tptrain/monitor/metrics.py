@@ -30,9 +30,9 @@ class MetricsFile:
     def __init__(self, run_dir: Path, resume_step: int, evaluation_due: bool = False) -> None:
         self.path = Path(run_dir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not self.path.exists()
+        known = self.path.exists()
         _cut_back(self.path, resume_step, evaluation_due)
-        self.earlier = None if is_new else read_metrics(run_dir)
+        self.earlier = read_metrics(run_dir) if known else None
         """The records that stay, or None where there was no file."""
         self._file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (open as long as the run)
 
@@ -48,12 +48,12 @@ class MetricsFile:
 
 
 def read_metrics(run_dir: Path) -> list[Record]:
-    """All records, in the order in which they were written; none where there is no file. Skips a torn last line."""
+    """All records in the order in which they were written; none where there is no file. Skips a torn last line."""
     try:
         lines = (Path(run_dir) / "metrics.jsonl").read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    return [record for line in lines if (record := _parse(line)) is not None]
+    return [record for record in map(_parse, lines) if record is not None]
 
 
 def train_record(
