@@ -1,8 +1,8 @@
 """A sweep as a picture, `sweep.png`: final validation loss above, tokens a second below, one point a job that is done.
 
-    one swept key          along x: to scale where its values are numbers, else one place a value
-    two                    the one of numbers along x, a colour for each value of the other
-    none, or more than two the jobs by number
+one swept key          along x: to scale where its values are numbers, else one place a value
+two                    the one of numbers along x, a colour for each value of the other
+none, or more than two the jobs by number
 """
 
 from __future__ import annotations
