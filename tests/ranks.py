@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tptrain.train"])
+_context.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tptrain.train", "hydra"]
+)
 """DTensor imports torch._dynamo when it is first used, which takes longer than most tests."""
 
 

@@ -244,7 +244,7 @@ WHERE = {
 """What an option leaves to the user."""
 
 
-@pytest.mark.parametrize("group", [group for group in OPTIONS if group not in ("model", "parallel")])
+@pytest.mark.parametrize("group", [group for group in OPTIONS if group not in ("model", "parallel", "slurm", "hydra")])
 def test_every_other_option_resolves(composed, group: str):
     for option in OPTIONS[group]:
         resolve(composed(f"{group}={option}", *WHERE.get((group, option), ())))

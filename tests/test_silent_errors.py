@@ -21,7 +21,7 @@ def test_every_error_of_the_table_has_a_test() -> None:
         if isinstance(node, ast.FunctionDef)
     }
     rows = re.findall(r"^\| (\d+) \|.*\| (.+) \|$", (ROOT / "docs/silent_errors.md").read_text(), re.MULTILINE)
-    assert [int(number) for number, _ in rows] == [*range(1, 25), *range(26, 36)]
+    assert [int(number) for number, _ in rows] == [*range(1, 36), 40]
     for number, cell in rows:
         names = re.findall(r"`(\w+)`", cell)
         assert names, number

@@ -22,6 +22,7 @@ from tptrain.config import Config, ConfigError, refuse, resolve
 from tptrain.export_config import ExportConfig
 from tptrain.generate_config import GenerateConfig
 from tptrain.plot_config import PlotConfig
+from tptrain.slurm.options import SlurmConfig
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -104,6 +105,17 @@ def export(cfg: DictConfig, run_dir: Path) -> None:
     write(typed_as(ExportConfig, cfg))
 
 
+def slurm(cfg: DictConfig, run_dir: Path) -> None:
+    """Write a script for sbatch that trains in the run folder, and submit it with slurm.submit=true."""
+    from tptrain import launch
+
+    if launch.given_place() is not None:
+        raise ConfigError("tptrain slurm starts nothing, but this is one of a launcher's processes: run it by itself")
+    from tptrain.slurm.write import write
+
+    write(typed_as(SlurmConfig, cfg), run_dir, _config_flags(), _all_overrides())
+
+
 def plan(cfg: DictConfig, run_dir: Path) -> None:
     """Print the stages of a config's pipeline, its bubble and its schedule; nothing is started."""
     from tptrain import launch
@@ -146,6 +158,7 @@ VERBS = {
     "doctor": Verb(doctor),
     "generate": Verb(generate, "generate", GenerateConfig, {"prompt": "prompt", "checkpoint": "checkpoint.load"}, keeps=False),
     "export": Verb(export, "export", ExportConfig, {"run": "run", "to": "to", "checkpoint": "checkpoint.load"}, keeps=False),
+    "slurm": Verb(slurm, "slurm", SlurmConfig),
     "plan": Verb(plan, keeps=False),
     "plot": Verb(plot, "plot", PlotConfig, {"run": "run", "to": "to"}, keeps=False),
 }
@@ -250,7 +263,7 @@ def compose(overrides: list[str], verb: str = "train") -> Any:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    _store_schemas()
+    _store_schemas(VERBS[verb])
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra_compose(VERBS[verb].config, [_as_text(override, VERBS[verb].texts) for override in overrides])
         return typed_as(VERBS[verb].schema, cfg)
@@ -312,8 +325,8 @@ def _check_single_run(flags: list[str], overrides: list[str], place: Place) -> N
     """Refuse a sweep inside ranks that somebody else started."""
     if _is_sweep(flags, overrides):
         raise ConfigError(
-            f"-m starts one job after another, but this is rank {place.rank} of {place.world_size} that torchrun started for a single one: "
-            f"use tptrain -m {' '.join(overrides)}, without torchrun"
+            f"-m starts one job after another, but this is rank {place.rank} of {place.world_size} that a launcher started for one run: "
+            f"use tptrain -m {' '.join(overrides)}, without torchrun or srun"
         )
 
 
@@ -340,15 +353,13 @@ def _as_text(override: str, texts: Mapping[str, str]) -> str:
     >>> print(_as_text("prompt=def f('a'", {"prompt": "prompt"}))
     prompt='def f(\\'a\\''
     """
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    from tptrain.job import literal
+    from tptrain.job import as_override
 
     word, equals, text = override.partition("=")
     if not equals or word not in texts:
         return override
     kept = text[:1] in ("", "'", '"', "[")
-    return f"{texts[word]}={text if kept else QuotedString(literal(text), Quote.single).with_quotes()}"
+    return f"{texts[word]}={text}" if kept else as_override(texts[word], text)
 
 
 def _without_folder(overrides: list[str]) -> list[str]:
@@ -366,7 +377,7 @@ def _hydra_main(verb: Verb) -> Callable[[], Any]:
     import hydra
     from hydra.core.config_store import ConfigStore
 
-    _store_schemas()
+    _store_schemas(verb)
     # Hydra copies the store, which is one object for the whole process, 95 times to write --help: 0.5 s.
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us, and prints none itself
@@ -378,13 +389,13 @@ def _hydra_main(verb: Verb) -> Callable[[], Any]:
     return main_of
 
 
-def _store_schemas() -> None:
-    """Make the verbs' config classes the types of everything that Hydra composes."""
+def _store_schemas(verb: Verb) -> None:
+    """Make the verbs' config classes the types of everything that Hydra composes; of a training's the verb's own extension, if any."""
     from hydra.core.config_store import ConfigStore
 
     from tptrain.job import schema
 
-    ConfigStore.instance().store(name="schema", node=schema())
+    ConfigStore.instance().store(name="schema", node=schema(verb.schema if issubclass(verb.schema, Config) else Config))
     ConfigStore.instance().store(name="generate_schema", node=schema(GenerateConfig))
     ConfigStore.instance().store(name="export_schema", node=schema(ExportConfig))
     ConfigStore.instance().store(name="plot_schema", node=schema(PlotConfig))
@@ -399,6 +410,7 @@ def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from tptrain import launch
     from tptrain.failures import one_line
     from tptrain.launch import JobFailed
     from tptrain.stop import Stopped
@@ -409,8 +421,11 @@ def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
     sweeping = settings.mode == RunMode.MULTIRUN
     job = f"job {settings.job.num} ({settings.job.override_dirname}): " if sweeping else ""
     try:
-        return verb.run(cfg, run_dir)
+        value = verb.run(cfg, run_dir)
+        launch.end_of_task(failed=False)
+        return value
     except ConfigError as error:
+        launch.end_of_task(failed=True)
         _say(f"{job}{error}")
         if sweeping and verb.run is train:
             _keep_cause(run_dir, f"{REFUSED}{error}")
@@ -421,6 +436,7 @@ def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
             raise
         raise SystemExit(2) from error
     except Exception as error:
+        launch.end_of_task(failed=True)
         if not isinstance(error, JobFailed):
             traceback.print_exception(error)
         if sweeping:
@@ -436,10 +452,12 @@ def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
 
 
 def _keep_cause(run_dir: Path, error: str) -> None:
-    """Leave in a job's folder why it failed, for the sweep's table; of a launcher's ranks those that know it have done so."""
+    """Leave in a job's folder why it failed, for the sweep's table; a launcher's ranks that have failed in training have done so."""
     from tptrain import launch, ranks
+    from tptrain.monitor.status import read_status
 
-    if launch.given_place() is None:
+    place = launch.given_place()
+    if place is None or (place.rank == 0 and (read_status(run_dir) or {}).get("state") != "failed"):
         with contextlib.suppress(OSError):
             ranks.write_status(run_dir, "failed", error)
 
@@ -451,6 +469,24 @@ def _hydra_overrides() -> list[str]:
     # Unresolved: an override may be the text "data.path=${model.name}".
     overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     return list(overrides)
+
+
+def _all_overrides() -> list[str]:
+    """Those of the config, and Hydra's own that a job of its own can have."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    given: Any = OmegaConf.to_container(HydraConfig.get().overrides.hydra, resolve=False)
+    of_the_sweep = ("hydra.mode=", "hydra.sweep.", "hydra.launcher", "hydra/launcher", "hydra.sweeper", "hydra/sweeper")
+    return [*_hydra_overrides(), *(override for override in given if not override.lstrip("+~").startswith(of_the_sweep))]
+
+
+def _config_flags() -> list[str]:
+    """`--config-dir FOLDER`, where that was given, with the folder's whole path."""
+    from hydra.core.hydra_config import HydraConfig
+
+    sources = HydraConfig.get().runtime.config_sources
+    return [word for source in sources if source.provider == "command-line" for word in ("--config-dir", source.path)]
 
 
 def _check_keys(values: Any, kind: Any, prefix: str = "", schema: Any = None) -> None:

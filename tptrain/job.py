@@ -57,6 +57,17 @@ def literal(values: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", values) if isinstance(values, str) else values
 
 
+def as_override(key: str, text: str) -> str:
+    """An override by which Hydra sets `key` to that text, whatever is in it.
+
+    >>> print(as_override("prompt", "def f('a'"))
+    prompt='def f(\\'a\\''
+    """
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return f"{key}={QuotedString(literal(text), Quote.single).with_quotes()}"
+
+
 @dataclass(frozen=True)
 class Place:
     """Where this process stands among those of the job."""
@@ -66,6 +77,8 @@ class Place:
     local_rank: int
     local_world_size: int
     """Ranks on this machine."""
+    own_gpu: bool = False
+    """Whether the launcher shows this process one GPU alone, its own, instead of all that the machine has."""
 
 
 ALONE = Place(rank=0, world_size=1, local_rank=0, local_world_size=1)

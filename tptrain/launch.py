@@ -1,6 +1,7 @@
 """From a config to running ranks, and from their end to one word of what happened.
 
-    this process is a rank of torchrun      take part: rank 0 prepares the data, the others take the job from it
+    this process is a rank of torchrun,     take part: rank 0 prepares the data, the others take the job from it
+    or a task of srun's or submitit's
     one process is enough                   work right here
     else                                    torch elastic starts `python -m tptrain.launch WORK RUN_DIR STORE_DIR PARENT`
                                             once a rank, on this machine, over the loopback device
@@ -10,9 +11,11 @@ All that can be refused is refused before any of these. This is the only file th
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -26,7 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tptrain import failures, ranks
+from tptrain import failures, ranks, scheduler
 from tptrain.config import Config, ConfigError, refuse, resolve
 from tptrain.failures import Failure, JobFailed
 from tptrain.job import Job, Place
@@ -44,7 +47,7 @@ _LEAST_MINUTES = 1e-6
 def start(config: Config, run_dir: Path, place: Place | None, apart: bool = False) -> float | None:
     """Train `config` in `run_dir`, and return the final validation loss, or None where there is none.
 
-    config: typed, not yet resolved. place: this process among torchrun's, or None where the ranks are ours to start.
+    config: typed, not yet resolved. place: this process among a launcher's, or None where the ranks are ours to start.
     apart: also a single rank gets a process of its own, so that what ends it does not end this one.
     Raises ConfigError before a rank starts, JobFailed when a failure has been shown, Stopped (its exit code is AGAIN) where a signal or
     train.max_minutes ended it, and whatever training in this process raises.
@@ -67,13 +70,14 @@ def start(config: Config, run_dir: Path, place: Place | None, apart: bool = Fals
     def given_up(number: signal.Signals) -> None:
         ranks.write_status(run_dir, "failed", f"ended by a second signal, {number.name}")
 
-    with signals_stop(heard, given_up):
-        try:
+    try:
+        with signals_stop(heard, given_up, math.inf if _in_step() else 0.3, _submitit_signals()):
             return _train(replace(_prepare(config, run_dir), wish=wish), apart)
-        except Stopped as stop:
-            stop.exit_code = AGAIN
-            ranks.write_status(run_dir, "stopped")
-            raise
+    except Stopped as stop:
+        stop.exit_code = AGAIN
+        ranks.write_status(run_dir, "stopped")
+        _let_submitit_requeue(wish)
+        raise
 
 
 def _train(job: Job, apart: bool) -> float | None:
@@ -112,29 +116,78 @@ def _persevere(job: Job) -> Any:
 
 
 def _take_part(config: Config, run_dir: Path, place: Place) -> float | None:
-    """Train as one of torchrun's ranks.
+    """Train as one of a launcher's ranks.
 
     Until the training listens a signal ends a rank at once, also in a collective, where it runs no Python; only rank 0 raises Stopped
     while it prepares the data.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ranks.die_with_parent()
-    wish = Wish()
+    wish, scheduled = Wish(), _scheduled()
 
     def prepare() -> Job:
         with signals_stop():
             return _prepare(config, run_dir)
 
+    def listen() -> None:
+        if scheduled:  # what to come back to: a scheduler repeats itself, and srun ends all tasks once one has left
+            for number in stop_signals():
+                signal.signal(number, signal.SIG_IGN)
+        echo_seconds = math.inf if scheduled else 1.0
+        listening.enter_context(signals_stop(lambda number: wish.ask(number.name), None, echo_seconds, _submitit_signals()))
+
     try:
         with contextlib.ExitStack() as listening:
-            wish.announce = lambda: listening.enter_context(signals_stop(lambda number: wish.ask(number.name), echo_seconds=1.0))
+            wish.announce = listen
             value: float | None = ranks.joined("train", config, prepare, place, wish, _keep_flights)
             return value
     except Stopped as stop:
         stop.exit_code = AGAIN
         if place.rank == 0:
             ranks.write_status(run_dir, "stopped")
+            _let_submitit_requeue(wish)
+        elif scheduled:
+            stop.exit_code = 0  # rank 0 leaves last and speaks for all: whoever leaves with another code has the rest ended
+            if _submitit_signals():
+                raise SystemExit(0) from None  # no result, as there is none yet
         raise
+
+
+def _let_submitit_requeue(wish: Wish) -> None:
+    """In a job of submitit's that has stopped and saved: queue it again, and leave.
+
+    Raises JobFailed where somebody ended the job, who does not want it back.
+    """
+    signals = _submitit_signals()
+    if signals and wish.reason in ("SIGTERM", "SIGINT", "SIGHUP"):
+        raise JobFailed(f"stopped by {wish.reason}")
+    for number in signals:
+        signal.raise_signal(number)
+
+
+def _submitit_signals() -> list[signal.Signals]:
+    """The signal by which submitit stops a job, and by which it is told to queue it again; empty where this is none of its jobs."""
+    name = scheduler.submitit_signal(os.environ)
+    return [signal.Signals[name]] if name else []
+
+
+def _scheduled() -> bool:
+    """Whether a scheduler has started this rank, and not torchrun inside of a scheduler's task."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ and bool(scheduler.rank_variables(os.environ))
+
+
+def _in_step() -> bool:
+    """Whether SLURM has started this process, and no user in a shell."""
+    return "SLURM_STEP_ID" in os.environ and not (sys.stdin and sys.stdin.isatty())
+
+
+def end_of_task(failed: bool) -> None:
+    """Once the verb has ended in a job of submitit's: have this process, which is submitit's own, leave with 1 if it failed.
+
+    submitit keeps the result and then leaves with 0, so that SLURM would call a job of failed ranks completed.
+    """
+    if _submitit_signals():
+        atexit.register(ranks.leave, int(failed))
 
 
 def run(job: Job, apart: bool = False) -> Any:
@@ -163,8 +216,11 @@ def take_part(job: Job, place: Place) -> Any:
 def given_place() -> Place | None:
     """This process among those that torchrun (or another launcher) started, or None where nobody did.
 
-    Raises ConfigError where the launcher's variables are incomplete.
+    What a scheduler says in variables of its own, is set in those that torchrun uses. Raises ConfigError where the launcher's variables
+    are incomplete.
     """
+    if "RANK" not in os.environ:
+        os.environ.update({**scheduler.rank_variables(os.environ), **_chosen_master()})
     if "RANK" not in os.environ:
         return None
     values = []
@@ -174,7 +230,13 @@ def given_place() -> Place | None:
             rank = os.environ["RANK"]
             raise ConfigError(f"RANK={rank} is set, but {name}={text or ''} is no number: start with torchrun, or unset RANK")
         values.append(int(text))
-    return Place(*values)
+    own_gpu = _scheduled() and scheduler.has_own_gpu(os.environ)
+    return Place(values[0], values[1], values[2], values[3], own_gpu)
+
+
+def _chosen_master() -> dict[str, str]:
+    """The meeting point that the user has chosen by MASTER_ADDR and MASTER_PORT."""
+    return {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
 
 
 def is_first_rank() -> bool:
@@ -183,9 +245,12 @@ def is_first_rank() -> bool:
 
 
 def let_rank_0_speak() -> None:
-    """Before another rank of torchrun leaves with a refusal: torchrun stops all ranks, also a rank 0 that is still to say it."""
+    """Before another rank leaves with a refusal: torchrun and srun stop all ranks, also a rank 0 that is still to say it."""
     if not is_first_rank() and "TORCHELASTIC_RUN_ID" in os.environ:
         time.sleep(10)  # cut short by torchrun, once rank 0 has left
+    elif not is_first_rank() and "SLURM_STEP_ID" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for the exit code, srun's is the largest
+        time.sleep(3)
 
 
 def hide_verb(verbs: Iterable[str]) -> str | None:
@@ -209,7 +274,7 @@ def settle(config: Config, place: Place | None) -> Config:
         gpus = count_gpus()
         if gpus == 0 and config.hardware.device == "cuda":
             raise refuse("hardware.device", "cuda", "needs a GPU, and this machine shows none", "use hardware.device=cpu or auto")
-        if place and 0 < gpus < place.local_world_size:
+        if place and not place.own_gpu and 0 < gpus < place.local_world_size:
             rule = f"gives each rank a GPU, but this machine has {gpus} for {place.local_world_size} ranks"
             raise refuse("hardware.device", config.hardware.device, rule, f"start {gpus} a machine, or use hardware.device=cpu")
         if gpus:
@@ -289,6 +354,7 @@ def signals_stop(
     heard: Callable[[signal.Signals], bool] | None = None,
     given_up: Callable[[signal.Signals], None] | None = None,
     echo_seconds: float = 0.3,
+    also: Iterable[signal.Signals] = (),
 ) -> Iterator[None]:
     """In the block the first signal that asks to stop raises Stopped, unless `heard` takes care of it; the second ends the process.
 
@@ -312,7 +378,7 @@ def signals_stop(
         if heard is None or not heard(signal.Signals(number)):
             raise Stopped(f"stopped by {signal.Signals(number).name}")
 
-    before = {number: signal.signal(number, stop) for number in stop_signals()}
+    before = {number: signal.signal(number, stop) for number in (*stop_signals(), *also)}
     try:
         yield
     finally:

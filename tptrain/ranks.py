@@ -1,7 +1,7 @@
 """What one rank does around its work: log, threads, process group, the work, leave.
 
     started by us     python -m tptrain.launch WORK RUN_DIR STORE_DIR PARENT     `spawned`
-    by torchrun       torchrun -m tptrain ...                                    `joined`
+    by a launcher     torchrun -m tptrain ..., srun tptrain ...                  `joined`
     the only one      inside the command's own process                           `inline`
 
 In all three, the work (a name in `WORKS`: train, ...) finds a default process group, this rank's log in `logs/rank-N.log`,
@@ -125,7 +125,7 @@ def inline(job: Job) -> Any:
 
 
 def joined(work: str, config: Config, prepare: Callable[[], Job], place: Place, wish: Wish, begin: Callable[[Path], None]) -> Any:
-    """Work as one of torchrun's ranks. prepare: makes the job; rank 0 calls it, and the others take the job from rank 0. wish: tells this
+    """Work as one of a launcher's ranks. prepare: makes the job; rank 0 calls it, and the others take the job from rank 0. wish: tells this
     rank to stop. begin: called with the run folder before the work.
 
     Raises JobFailed once this rank's failure is recorded and told, Stopped once all ranks have stopped, and what `prepare` raises.
@@ -140,10 +140,13 @@ def joined(work: str, config: Config, prepare: Callable[[], Job], place: Place, 
         run_dir = job.run_dir
         _keep_log(run_dir, place.rank)
         begin(run_dir)
-        return WORKS[job.work].run(job)
+        value = WORKS[job.work].run(job)
+        _wait_for_all()  # none succeeds alone
+        return value
     except Stopped:
         if wish.listening:
-            _wait_for_all()  # torchrun ends the others as soon as one has left with an exit code that is not 0
+            with contextlib.suppress(RuntimeError):  # torchrun ends the others as soon as one has left with an exit code that is not 0
+                _wait_for_all()
         raise
     except Exception as error:
         if run_dir is None or (isinstance(error, ConfigError) and not _has_group()):  # every rank refuses, and the first says so
@@ -252,13 +255,12 @@ def _write_failed(run_dir: Path, rank: int) -> failures.Failure | None:
 
 
 def _wait_for_all() -> None:
-    """Return once all ranks are here, or one of them is gone."""
+    """Return once all ranks are here. Raises RuntimeError where one of them is gone."""
     import torch
     import torch.distributed as dist
 
-    with contextlib.suppress(RuntimeError):
-        for rank in range(dist.get_world_size()):
-            dist.broadcast_object_list([None], src=rank, device=torch.device("cpu"))
+    for rank in range(dist.get_world_size()):
+        dist.broadcast_object_list([None], src=rank, device=torch.device("cpu"))
 
 
 def write_status(run_dir: Path, state: str, error: str | None = None) -> None:
@@ -309,7 +311,7 @@ def _join_group(work: str, config: Config, place: Place, store: Any = None) -> N
     keep_freed_memory()
     on_gpu = config.hardware.device == "cuda"
     if on_gpu:
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(0 if place.own_gpu else place.local_rank)
     timeout = timedelta(seconds=config.launch.timeout_seconds)
     if place == ALONE:
         store = dist.HashStore()

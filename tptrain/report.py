@@ -54,7 +54,7 @@ class Report:
             "run_dir": run_dir,
         }
         write_status(run_dir, "running", first_step)
-        self.metrics = MetricsFile(run_dir, first_step)
+        self.metrics = MetricsFile(run_dir, first_step, trainer.evaluation_due)
         self.console = Console(config, config.train.max_steps, first_step)
         self.console.banner(facts)
         self.wandb = start_wandb(config, run_dir, facts)

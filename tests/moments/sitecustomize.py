@@ -1,8 +1,12 @@
-"""Python imports this file at its start when its folder is on PYTHONPATH: at MOMENT of a training something happens to it, once.
+"""Python imports this file at its start when its folder is on PYTHONPATH: something happens at a moment of a training, once.
 
-MOMENT is one of forward, backward, optimizer, save, evaluation, sampling, preparation, loading; with the real trainer, in rank 0 and its
-fourth step. ACT is a signal's name, which goes to the command and, with EVERYBODY=1, to all its ranks, three times; or kill and raise,
-which happen to RANK itself. MARK is a file that says that it happened; where its folder is missing, it happens each time.
+PLANS is `MOMENT ACT RANK MARK`, several, one after another, separated by commas.
+
+    MOMENT   forward, backward, optimizer, save, evaluation, sampling, preparation: the first of this process, with the real trainer
+    ACT      a signal's name: the command that started the ranks gets it; with xALL all its ranks do too, and three times; with xTWO
+             it comes once more when it has been heard; with xOWN only this rank gets it. Or SIGKILL, which ends this rank.
+    RANK     where it happens, - in the command
+    MARK     a file that says that it has happened; where it is there, the next plan is followed
 """
 
 import os
@@ -11,25 +15,31 @@ import sys
 import time
 from pathlib import Path
 
-MOMENT, ACT, MARK = (os.environ.get(name, "") for name in ("MOMENT", "ACT", "MARK"))
-STEP, PATIENCE_SECONDS = 3, 60
-RANK = os.environ.get("RANK")
-IS_COMMAND = RANK is None
+RANK = os.environ.get("RANK", "-")
+LONG_SECONDS = 400
+trainers = []
 
 
-def act():
-    if os.path.exists(MARK):
+def act(name, how):
+    if how == "OWN" or name == "SIGKILL" or RANK == "-":
+        os.kill(os.getpid(), getattr(signal, name))
+        wait_for_signal()
         return
-    if os.path.isdir(os.path.dirname(MARK)):
-        Path(MARK).touch()
-    if ACT == "raise":
-        raise RuntimeError("planted")
-    if ACT == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    command = os.getpid() if IS_COMMAND else os.getppid()
-    for _ in range(3 if os.environ.get("EVERYBODY") else 1):
-        for process in [command, *(children(command) if os.environ.get("EVERYBODY") else [])]:
-            os.kill(process, getattr(signal, ACT))
+    command = os.getppid()
+    for _ in range(3 if how == "ALL" else 1):
+        for process in [command, *(children(command) if how == "ALL" else [])]:
+            os.kill(process, getattr(signal, name))
+    wait_for_signal()
+    if how == "TWO":
+        time.sleep(0.5)
+        os.kill(command, getattr(signal, name))
+        time.sleep(LONG_SECONDS)
+
+
+def wait_for_signal():
+    """Until this rank knows of the signal, so that the step in which it comes is always the same."""
+    while trainers and not trainers[0].asked():
+        time.sleep(0.01)
 
 
 def children(process):
@@ -37,57 +47,73 @@ def children(process):
     return [int(word) for word in found.read_text().split()]
 
 
-def before(owner, name, when=lambda *arguments: True, then=lambda: None):
-    """Act before the function is called, if it is the moment."""
+def before(owner, name, do, when=lambda *arguments: True):
+    """Do something before the function is called."""
     real = getattr(owner, name)
 
     def wrapped(*arguments, **named):
         if when(*arguments):
-            act()
-            then()
+            do()
         return real(*arguments, **named)
 
     setattr(owner, name, wrapped)
 
 
-def plant():
-    if MOMENT == "preparation":
+def plant(moment, strike):
+    if moment == "preparation":
         import tptrain.data
 
-        before(tptrain.data, "prepare", then=lambda: time.sleep(PATIENCE_SECONDS))
+        before(tptrain.data, "prepare", lambda: (strike(), time.sleep(LONG_SECONDS)))
         return
-    import tptrain.train
+    from tptrain.checkpoint.writer import TileWriter
     from tptrain.trainer import Trainer
 
-    at_step = lambda trainer, *rest: trainer.steps_done == STEP  # noqa: E731
-    if MOMENT == "forward":
-        before(Trainer, "_run_stage", at_step)
-    if MOMENT == "backward":
+    before(Trainer, "step", None, when=lambda trainer: trainers.append(trainer))
+    if moment == "forward":
+        before(Trainer, "_run_stage", strike, when=lambda trainer, stage, *_: stage.training)
+    if moment == "backward":
         real = Trainer._run_stage
 
-        def run_stage(trainer, *arguments):
-            output = real(trainer, *arguments)
-            if output.requires_grad and trainer.steps_done == STEP:
-                output.register_hook(lambda gradient: act())
+        def run_stage(*arguments):
+            output = real(*arguments)
+            if output.requires_grad:
+                output.register_hook(lambda gradient: strike())
             return output
 
         Trainer._run_stage = run_stage
-    if MOMENT == "optimizer":
-        hook = lambda trainer, totals: trainer.optimizer.register_step_pre_hook(lambda *_: act())  # noqa: E731
-        before(Trainer, "update", lambda *arguments: at_step(*arguments) and hook(*arguments) is None)
-    if MOMENT == "save":
-        before(tptrain.train, "save_checkpoint", lambda trainer, *_: trainer.steps_done >= STEP)
-    if MOMENT == "evaluation":
-        before(Trainer, "_evaluate", lambda trainer, *_: trainer.steps_done >= STEP)
-    if MOMENT == "sampling":
-        before(Trainer, "sample")
-    if MOMENT == "loading":
-        before(tptrain.train, "resume", then=lambda: time.sleep(PATIENCE_SECONDS))
+    if moment == "optimizer":  # in its step, not in the one that makes room for what is loaded
+        before(Trainer, "update", None, when=lambda trainer, *_: trainer.optimizer.register_step_pre_hook(lambda *_: strike()) is None)
+    if moment == "save":
+        import tptrain.train
+
+        saving = []
+        before(tptrain.train, "save_checkpoint", lambda: saving.append(True))
+        before(TileWriter, "write_data", strike)  # in the background
+        before(Trainer, "step", wait_for_signal, when=lambda trainer: saving)
+    if moment == "evaluation":
+        before(Trainer, "_evaluate", strike)
+    if moment == "sampling":
+        before(Trainer, "sample", strike)
 
 
-if MOMENT and "tptrain" in " ".join(sys.orig_argv):
-    alone = os.environ.get("ALONE") == "1"
-    where = os.environ.get("WHERE", "0")
-    in_command = alone or MOMENT == "preparation"
-    if (IS_COMMAND and in_command) or (where == RANK and not in_command):
-        plant()
+def once(mark, name, how):
+    def strike():
+        if not os.path.exists(mark):
+            Path(mark).touch()
+            act(name, how)
+
+    return strike
+
+
+def follow(plans):
+    for plan in plans:
+        moment, name, where, mark = plan.split()
+        if not os.path.exists(mark):
+            if where == RANK:
+                name, _, how = name.partition("x")
+                plant(moment, once(mark, name, how))
+            return
+
+
+if "tptrain" in " ".join(sys.orig_argv) and os.environ.get("PLANS"):
+    follow(os.environ["PLANS"].split(","))

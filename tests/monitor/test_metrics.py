@@ -106,6 +106,8 @@ def test_resuming_cuts_back_to_the_checkpoint(tmp_path):
     file.write({"step": 30, "loss": 2.0})
     file.close()
     assert [record["step"] for record in read_metrics(tmp_path)] == [10, 20, 20, 30]
+    MetricsFile(tmp_path, 20, evaluation_due=True).close()
+    assert path.read_text() == "".join(kept.splitlines(keepends=True)[:2]), "the evaluation of step 20 is made again"
 
 
 @pytest.mark.parametrize("tail", ['{"step": 5, "loss": 1', '{"step": 5', "{", "\x00\x00\x00", '{"step": 5, "loss": 1}garbage\n', "\n\n"])

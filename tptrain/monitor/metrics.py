@@ -22,12 +22,15 @@ Record = dict[str, Any]
 
 
 class MetricsFile:
-    """Appends records to `run_dir/metrics.jsonl`, of which it first cuts away every record after `resume_step`."""
+    """Appends records to `run_dir/metrics.jsonl`, of which it first cuts away every record after `resume_step`.
 
-    def __init__(self, run_dir: Path, resume_step: int) -> None:
+    evaluation_due: the run begins with the evaluation of that very step, so that an earlier one is cut away too.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int, evaluation_due: bool = False) -> None:
         self.path = Path(run_dir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_back(self.path, resume_step)
+        _cut_back(self.path, resume_step, evaluation_due)
         self._file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (open as long as the run)
 
     def write(self, record: Record) -> None:
@@ -147,23 +150,24 @@ def windows(starts: Sequence[float], ends: Sequence[float], clocks: Sequence[flo
     return [max(0.0, last[clock] - first[clock]) for clock in clocks]
 
 
-def _cut_back(path: Path, last_step: int) -> None:
-    """Leave the readable records up to `last_step`, byte for byte."""
+def _cut_back(path: Path, last_step: int, evaluation_due: bool) -> None:
+    """Leave the readable records up to `last_step`, byte for byte; of that step without the evaluation if it is due."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return
-    kept = b"".join(line + b"\n" for line in data.split(b"\n") if _stays(line, last_step))
+    kept = b"".join(line + b"\n" for line in data.split(b"\n") if _stays(line, last_step, evaluation_due))
     if kept != data:
         write_atomically(path, kept)
 
 
-def _stays(line: bytes, last_step: int) -> bool:
+def _stays(line: bytes, last_step: int, evaluation_due: bool) -> bool:
     record = _parse(line)
     if record is None:
         return False
     step = record.get("step")
-    return not (isinstance(step, int | float) and step > last_step)
+    is_due = evaluation_due and step == last_step and "val_loss" in record
+    return not is_due and not (isinstance(step, int | float) and step > last_step)
 
 
 def _parse(line: bytes) -> Record | None:
