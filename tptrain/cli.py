@@ -61,7 +61,12 @@ def train(cfg: DictConfig, run_dir: Path) -> float | None:
     """Train a model; in the same run folder again: resume. The value is the final validation loss."""
     from tptrain import launch
 
-    return launch.start(typed(cfg), run_dir, launch.given_place())
+    if not _is_job():
+        return launch.start(typed(cfg), run_dir, launch.given_place())
+    from tptrain.sweep.results import job_result
+
+    value = launch.start(typed(cfg), run_dir, launch.given_place(), apart=True)
+    return job_result(0, [], run_dir).val_loss if value is None else value  # it was done before
 
 
 def check(cfg: DictConfig, run_dir: Path) -> None:
@@ -202,10 +207,9 @@ def main() -> NoReturn:
 
 
 def _run(arguments: list[str]) -> int:
-    """Hand the arguments after the verb to Hydra, and turn what it raises into an exit code."""
+    """Hand the arguments after the verb to Hydra. Returns the exit code."""
     verb = _take_verb(arguments)
     from tptrain import launch  # neither this nor Hydra imports torch
-    from tptrain.refusal import REFUSALS, explain
 
     verb = VERBS.get(launch.hide_verb(VERBS) or "", verb)
     place = launch.given_place()
@@ -219,6 +223,45 @@ def _run(arguments: list[str]) -> int:
     if not verb.keeps or (place is not None and place.rank > 0) or _is_later_node(overrides):
         overrides = _without_folder(overrides)
     sys.argv[1:] = [*flags, *overrides]
+    if place is None and verb.run is train and _is_sweep(flags, overrides):
+        return _sweep(lambda: _call_hydra(verb, flags, overrides))
+    return _call_hydra(verb, flags, overrides)
+
+
+def _sweep(start: Callable[[], int]) -> int:
+    """Have Hydra run the jobs of a sweep, and show how all went, also where a signal ends it. Returns the exit code."""
+    from tptrain import launch
+    from tptrain.sweep import plan
+
+    plan.forget()
+    try:
+        with launch.signals_stop():
+            code = start()
+    except KeyboardInterrupt as stop:
+        stop.exit_code = launch.AGAIN  # type: ignore[attr-defined]
+        _conclude(0)
+        raise
+    return _conclude(code)
+
+
+def _conclude(code: int) -> int:
+    """The table of the sweep that has ended with `code`, and the exit code that its jobs make of it."""
+    from tptrain import launch
+    from tptrain.sweep import plan
+
+    begun = plan.started()
+    if begun is None:
+        return code
+    from tptrain.sweep.conclude import conclude
+
+    return conclude(begun, launch.AGAIN) or code
+
+
+def _call_hydra(verb: Verb, flags: list[str], overrides: list[str]) -> int:
+    """Have Hydra run the verb, and turn what it raises into an exit code."""
+    from tptrain import launch
+    from tptrain.refusal import REFUSALS, explain
+
     try:
         _hydra_main(verb)()
     except launch.JobFailed:
@@ -230,7 +273,7 @@ def _run(arguments: list[str]) -> int:
     except REFUSALS as error:
         raise explain(error, overrides, verb.schema) from error
     except OSError as error:
-        raise _unmakeable(error, overrides, "-m" in flags or "--multirun" in flags) from error
+        raise _unmakeable(error, overrides, _is_sweep(flags, overrides)) from error
     return 0
 
 
@@ -307,7 +350,18 @@ def _check_single_run(flags: list[str], overrides: list[str], place: Place) -> N
 
 
 def _is_sweep(flags: list[str], overrides: list[str]) -> bool:
-    return bool({"-m", "--multirun"} & set(flags)) or "hydra.mode=multirun" in [override.lower() for override in overrides]
+    """Whether the line asks for several jobs: by a flag, by the mode, or by a preset, `sweep=NAME`."""
+    chosen = [override.lstrip("+").partition("=") for override in overrides]
+    preset = any(key == "sweep" and value not in ("", "null") for key, _, value in chosen)
+    return preset or bool({"-m", "--multirun"} & set(flags)) or "hydra.mode=multirun" in [override.lower() for override in overrides]
+
+
+def _is_job() -> bool:
+    """Whether this run is a job of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _is_later_node(overrides: list[str]) -> bool:
@@ -383,7 +437,10 @@ def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
     from hydra.types import RunMode
 
     from tptrain import launch
+    from tptrain.failures import one_line
     from tptrain.launch import JobFailed
+    from tptrain.stop import Stopped
+    from tptrain.sweep.results import REFUSED
 
     settings = HydraConfig.get()
     run_dir = Path(settings.runtime.output_dir)
@@ -401,7 +458,9 @@ def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
     except ConfigError as error:
         launch.end_of_task(failed=True)
         _say(f"{job}{error}")
-        if settings.output_subdir is not None:
+        if sweeping and verb.run is train:
+            _keep_cause(run_dir, f"{REFUSED}{error}")
+        elif settings.output_subdir is not None:
             _discard(run_dir)
         if sweeping:
             error.said_by = os.getpid()  # type: ignore[attr-defined]
@@ -412,8 +471,26 @@ def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
         if not isinstance(error, JobFailed):
             traceback.print_exception(error)
         if sweeping:
+            if verb.run is train:
+                _keep_cause(run_dir, str(error) if isinstance(error, JobFailed) else one_line(error))
             raise JobFailed(f"{job}{error}") from error
         raise SystemExit(1) from error
+    except Stopped as stop:
+        if sweeping and stop.out_of_time:  # the other jobs have their own time
+            _say(f"{job}{stop}")
+            raise JobFailed(f"{job}{stop}") from stop
+        raise
+
+
+def _keep_cause(run_dir: Path, error: str) -> None:
+    """Leave in a job's folder why it failed, for the sweep's table; a launcher's ranks that have failed in training have done so."""
+    from tptrain import launch, ranks
+    from tptrain.monitor.status import read_status
+
+    place = launch.given_place()
+    if place is None or (place.rank == 0 and (read_status(run_dir) or {}).get("state") != "failed"):
+        with contextlib.suppress(OSError):
+            ranks.write_status(run_dir, "failed", error)
 
 
 def _hydra_overrides() -> list[str]:

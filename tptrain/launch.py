@@ -46,10 +46,11 @@ _LEAST_MINUTES = 1e-6
 """What train.max_minutes leaves to a restart once it has passed: the ranks stop after one step."""
 
 
-def start(config: Config, run_dir: Path, place: Place | None) -> float | None:
+def start(config: Config, run_dir: Path, place: Place | None, apart: bool = False) -> float | None:
     """Train `config` in `run_dir`, and return the final validation loss, or None where there is none.
 
     config: typed, not yet resolved. place: this process among a launcher's, or None where the ranks are ours to start.
+    apart: also a single rank gets a process of its own, so that what ends it does not end this one.
     Raises ConfigError before a rank starts, JobFailed when a failure has been shown, Stopped (its exit code is AGAIN) where a signal or
     train.max_minutes ended it, and whatever training in this process raises.
     """
@@ -57,7 +58,7 @@ def start(config: Config, run_dir: Path, place: Place | None) -> float | None:
     _set_environment(config, place)
     if place is not None:
         return _take_part(config, run_dir, place)
-    wish, apart = Wish(), config.processes > 1 or config.train.max_restarts > 0
+    wish, apart = Wish(), apart or config.processes > 1 or config.train.max_restarts > 0
     is_first = config.launch.node_rank in (None, 0)
 
     def heard(number: signal.Signals) -> bool:

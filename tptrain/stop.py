@@ -29,6 +29,11 @@ class Stopped(KeyboardInterrupt):
 
     exit_code = 1
 
+    @property
+    def out_of_time(self) -> bool:
+        """Whether train.max_minutes was the reason, and nobody asked."""
+        return str(self).startswith("stopped by train.max_minutes")
+
 
 def numbers() -> list[signal.Signals]:
     """The signals that ask a job to stop; not SIGHUP where it is ignored (nohup)."""

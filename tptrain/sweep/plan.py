@@ -1,0 +1,75 @@
+"""What a sweep is going to run: its folder and its jobs, kept from Hydra's config of the sweep for when the jobs have ended.
+
+Hydra tells a callback that a sweep begins, but not that it ends where a job has failed. So the callback leaves the sweep's config where
+Hydra keeps that of a job, `HydraConfig`; each job puts it back when it ends, and `started` finds it there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+
+from tptrain.config import refuse
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep that was started."""
+
+    folder: Path
+    jobs: list[list[str]] | None
+    """The overrides of each job by its number; None where a sweeper chooses them as it goes."""
+
+
+class Remember(Callback):
+    """`hydra.callbacks.sweep`: keeps a sweep's config for `started`."""
+
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
+        """Settle the sweep's folder, which has the time in its name, and keep the config. Raises ConfigError."""
+        from hydra.core.hydra_config import HydraConfig
+        from omegaconf import OmegaConf, open_dict, read_write
+
+        subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[call-overload,index]
+        if "${" not in str(subdir):
+            raise refuse("hydra.sweep.subdir", subdir, "is the same folder for all jobs", "use hydra.sweep.subdir='${hydra.job.num}'")
+        folder = str(config.hydra.sweep.dir)
+        with read_write(config.hydra), open_dict(config.hydra):
+            config.hydra.sweep.dir = folder
+        HydraConfig.instance().set_config(config)
+
+
+def forget() -> None:
+    """Before Hydra begins: no sweep has started."""
+    from hydra.core.hydra_config import HydraConfig
+
+    HydraConfig.instance().cfg = None
+
+
+def started() -> Plan | None:
+    """The sweep that Hydra has started since `forget`, or None where it came to none."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if HydraConfig.instance().cfg is None:
+        return None
+    settings = HydraConfig.get()
+    return Plan(Path(settings.sweep.dir), _jobs(settings))
+
+
+def _jobs(settings: Any) -> list[list[str]] | None:
+    """The jobs that Hydra's own sweeper makes of the command line and of `hydra.sweeper.params`."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    if not settings.sweeper._target_.endswith(".BasicSweeper"):
+        return None
+    params = [f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()]
+    given: Any = OmegaConf.to_container(settings.overrides.task, resolve=False)
+    try:
+        return BasicSweeper.split_arguments(OverridesParser.create().parse_overrides([*params, *given]), None)[0]
+    except (HydraException, AssertionError):  # glob() needs to know the files
+        return None
