@@ -46,9 +46,9 @@ class Staging:
         return self._copies, event.synchronize
 
 
-def _like(tensor: Tensor, memory: Tensor) -> Tensor:
-    """A tensor on the host with the same label, shape and dtype, whose local part lies at the beginning of `memory`, uint8 [bytes]."""
+def _like(tensor: Tensor, space: Tensor) -> Tensor:
+    """A tensor on the host with the same label, shape and dtype, whose local part lies at the beginning of `space`, uint8 [bytes]."""
     local = local_part(tensor)
-    place = memory[: local.nbytes].view(local.dtype).view(local.shape)
+    place = space[: local.nbytes].view(local.dtype).view(local.shape)
     # Not from_local, which would move the memory to the device of the mesh.
     return DTensor(place, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else place
