@@ -23,10 +23,11 @@ from tptrain import answer, cli, launch
 from tptrain.config import Config, ConfigError
 from tptrain.data.tokenizers import ByteTokenizer
 from tptrain.failures import JobFailed
-from tptrain.generate import Output, load_stage
+from tptrain.generate import Output
 from tptrain.generate_config import GenerateConfig
 from tptrain.job import Job, literal
 from tptrain.mesh import build_mesh
+from tptrain.trained_stage import load_stage
 
 TEXT = "".join(f"def f{i}(x):\n    return {i} * x\n\n" for i in range(200))
 CONTEXT = 24

@@ -71,7 +71,7 @@ def log_steps(rank: int, folder: Path) -> None:
     report.step(2, RESULT, 0.25, [0.05, 0.01][rank], 16, [])
     tptrain.report.clock_name = lambda: "one machine"
     report.step(3, RESULT, 0.25, [0.05, 0.01][rank], 24, spans_of(rank))
-    report.close(True)
+    report.close()
 
 
 def test_a_trace_has_all_ranks_on_one_clock(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def trace_steps(rank: int, folder: Path) -> None:
     on_own_machine(rank)
     report.trace(3, [], 0.0)
     report.trace(4, spans_of(rank), (100.0, 5000.0)[rank])
-    report.close(True)
+    report.close()
 
 
 def on_own_machine(rank: int) -> None:
@@ -111,7 +111,7 @@ def begin_late(rank: int, folder: Path) -> float:
     time.sleep(0.5 * rank)
     zero = report.common_zero(2)
     assert zero is not None
-    report.close(True)
+    report.close()
     return zero
 
 

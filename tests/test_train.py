@@ -58,7 +58,7 @@ def test_the_run_folder(unbroken: Path) -> None:
     records = read_metrics(unbroken)
     assert list(records[0]) == [
         "step", "tokens", "loss", "grad_norm", "lr", "step_time", "tokens_per_second", "mfu", "bubble_fraction", "data_wait_fraction",
-        "peak_memory_bytes", "skipped_steps",
+        "peak_memory_bytes", "skipped_steps", "time",
     ]  # fmt: skip
     assert records[0]["tokens"] == 8 * 16
     assert records[0]["mfu"] is None, "the peak of this CPU is unknown"

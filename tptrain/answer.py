@@ -5,10 +5,11 @@ The job lives in a temporary folder, since the run folder belongs to the trainin
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,19 +31,24 @@ def generate(config: GenerateConfig) -> None:
     Raises ConfigError before a rank starts, JobFailed when a failure has been shown, Stopped on a signal.
     """
     config = settle(config)
-    with launch.signals_stop():
-        folder = Path(tempfile.mkdtemp(prefix="tptrain-generate-"))
-        keep = False
-        try:
-            done = launch.run(Job("generate", config, folder, folder))
-        except JobFailed:  # which names a log in the folder
-            keep = True
-            raise
-        finally:
-            if not keep:
-                shutil.rmtree(folder, ignore_errors=True)
+    with launch.signals_stop(), job_folder("generate") as folder:
+        done = launch.run(Job("generate", config, folder, folder))
     speed = done["tokens"] / done["seconds"]
     sys.stderr.write(f"tptrain: {done['tokens']:,} tokens, {speed:,.0f} a second, by {config.checkpoint.load}\n")
+
+
+@contextlib.contextmanager
+def job_folder(work: str) -> Iterator[Path]:
+    """A temporary folder for a job, gone afterwards unless the job failed: then what was said names a log in it."""
+    folder, keep = Path(tempfile.mkdtemp(prefix=f"tptrain-{work}-")), False
+    try:
+        yield folder
+    except JobFailed:
+        keep = True
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def settle(config: GenerateConfig) -> GenerateConfig:

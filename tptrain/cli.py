@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tptrain.config import Config, ConfigError, refuse, resolve
+from tptrain.eval_config import EvalConfig
 from tptrain.export_config import ExportConfig
+from tptrain.files import near
 from tptrain.generate_config import GenerateConfig
+from tptrain.own_data import filled_in
 from tptrain.plot_config import PlotConfig
 from tptrain.slurm.options import SlurmConfig
 
@@ -48,6 +51,8 @@ class Verb:
     texts: Mapping[str, str] = field(default_factory=dict)
     """Words whose value on the command line is text as it stands, though Hydra would read more into some characters or into the
     word, and the keys that they set."""
+    fill_in: Callable[[list[str]], list[str]] = list
+    """From the overrides to these and what follows from them, before Hydra composes."""
     keeps: bool = True
     """Whether it has a run folder; only then may `-m` start it several times."""
 
@@ -92,6 +97,17 @@ def generate(cfg: DictConfig, run_dir: Path) -> None:
     from tptrain import answer
 
     answer.generate(typed_as(GenerateConfig, cfg))
+
+
+def evaluate(cfg: DictConfig, run_dir: Path) -> None:
+    """Measure a run's model: loss, perplexity, accuracy on multiple-choice files: `run=FOLDER`."""
+    from tptrain import launch
+
+    if launch.given_place() is not None:
+        raise ConfigError("tptrain eval starts its own processes, but this is one of a launcher's: run it without torchrun")
+    from tptrain.examine.verb import examine
+
+    examine(typed_as(EvalConfig, cfg))
 
 
 def export(cfg: DictConfig, run_dir: Path) -> None:
@@ -151,6 +167,7 @@ def plot(cfg: DictConfig, run_dir: Path) -> None:
     draw(typed_as(PlotConfig, cfg))
 
 
+_EVAL_TEXTS = {"run": "run", "to": "to", "choices": "choices", "delimiter": "delimiter", "checkpoint": "checkpoint.load"}
 VERBS = {
     "train": Verb(train),
     "check": Verb(check),
@@ -158,6 +175,7 @@ VERBS = {
     "doctor": Verb(doctor),
     "generate": Verb(generate, "generate", GenerateConfig, {"prompt": "prompt", "checkpoint": "checkpoint.load"}, keeps=False),
     "export": Verb(export, "export", ExportConfig, {"run": "run", "to": "to", "checkpoint": "checkpoint.load"}, keeps=False),
+    "eval": Verb(evaluate, "eval", EvalConfig, _EVAL_TEXTS, filled_in, keeps=False),
     "slurm": Verb(slurm, "slurm", SlurmConfig),
     "plan": Verb(plan, keeps=False),
     "plot": Verb(plot, "plot", PlotConfig, {"run": "run", "to": "to"}, keeps=False),
@@ -180,7 +198,7 @@ def main() -> NoReturn:
     if code == 2:
         from tptrain import launch
 
-        launch.let_rank_0_speak()
+        launch.let_first_rank_speak()
     if "torch" in sys.modules:
         from tptrain import ranks
 
@@ -198,10 +216,11 @@ def _run(arguments: list[str]) -> int:
     flags, overrides = _split(arguments)
     if not verb.keeps and _is_sweep(flags, overrides):
         raise ConfigError("-m starts one job after another, but this verb has no run folders to keep them in: leave -m out")
-    overrides = [_as_text(override, verb.texts) for override in overrides]
+    overrides = [_as_text(override, verb.texts) for override in verb.fill_in(overrides)]
     if place is not None:
         _check_single_run(flags, overrides, place)
-    if not verb.keeps or (place is not None and place.rank > 0):
+        launch.check_restarts(place, any(override.startswith("hydra.run.dir=") for override in overrides))
+    if not verb.keeps or (place is not None and place.rank > 0) or _is_later_node(overrides):
         overrides = _without_folder(overrides)
     sys.argv[1:] = [*flags, *overrides]
     if place is None and verb.run is train and _is_sweep(flags, overrides):
@@ -266,7 +285,7 @@ def compose(overrides: list[str], verb: str = "train") -> Any:
 
     _store_schemas(VERBS[verb])
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra_compose(VERBS[verb].config, [_as_text(override, VERBS[verb].texts) for override in overrides])
+        cfg = hydra_compose(VERBS[verb].config, [_as_text(override, VERBS[verb].texts) for override in VERBS[verb].fill_in(overrides)])
         return typed_as(VERBS[verb].schema, cfg)
 
 
@@ -346,6 +365,12 @@ def _is_job() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def _is_later_node(overrides: list[str]) -> bool:
+    """Whether this is the command of a node that takes node 0's run folder."""
+    ranks = [override.partition("=")[2] for override in overrides if override.lstrip("+").startswith("launch.node_rank=")]
+    return bool(ranks) and ranks[-1].isdecimal() and int(ranks[-1]) > 0
+
+
 def _as_text(override: str, texts: Mapping[str, str]) -> str:
     """`word=TEXT` so that Hydra reads it as that text, whatever is in it, for a word of `texts`.
 
@@ -398,6 +423,7 @@ def _store_schemas(verb: Verb) -> None:
 
     ConfigStore.instance().store(name="schema", node=schema(verb.schema if issubclass(verb.schema, Config) else Config))
     ConfigStore.instance().store(name="generate_schema", node=schema(GenerateConfig))
+    ConfigStore.instance().store(name="eval_schema", node=schema(EvalConfig))
     ConfigStore.instance().store(name="export_schema", node=schema(ExportConfig))
     ConfigStore.instance().store(name="plot_schema", node=schema(PlotConfig))
 
@@ -420,8 +446,13 @@ def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
     settings = HydraConfig.get()
     run_dir = Path(settings.runtime.output_dir)
     sweeping = settings.mode == RunMode.MULTIRUN
+    launch.give_home()
+    if sweeping and "wandb" in cfg and cfg.wandb.group is None:
+        cfg.wandb.group = near(settings.sweep.dir)  # where the jobs are found, on disk as in W&B
     job = f"job {settings.job.num} ({settings.job.override_dirname}): " if sweeping else ""
     try:
+        if sweeping and verb.run is train and cfg.launch.nodes > 1:
+            raise refuse("launch.nodes", cfg.launch.nodes, "cannot be with -m, which is one machine's", "start each job by itself")
         value = verb.run(cfg, run_dir)
         launch.end_of_task(failed=False)
         return value
@@ -494,9 +525,10 @@ def _check_keys(values: Any, kind: Any, prefix: str = "", schema: Any = None) ->
     """Refuse keys that the schema has not: `+key=value` adds one, and OmegaConf would drop it in silence."""
     from typing import get_type_hints
 
+    from tptrain.job import group_of
     from tptrain.refusal import unknown_key
 
-    hints = get_type_hints(kind)
+    hints = {key: group_of(hint) for key, hint in get_type_hints(kind).items()}
     for key, value in values.items():
         if key not in hints:
             raise unknown_key(prefix + key, value, schema or kind)
@@ -527,7 +559,7 @@ def _discard(run_dir: Path) -> None:
 
 
 def _say(message: object) -> None:
-    """One line on stderr; of several ranks, rank 0's."""
+    """One line on stderr; of several ranks on a machine, the first's."""
     from tptrain import launch
 
     if launch.is_first_rank():

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from tptrain.config_error import ConfigError as ConfigError
@@ -19,6 +20,8 @@ from tptrain.config_error import refuse as refuse
 from tptrain.data_config import DataConfig as DataConfig
 from tptrain.data_config import TokenizerConfig as TokenizerConfig
 from tptrain.data_config import check_data
+from tptrain.launch_config import LaunchConfig as LaunchConfig
+from tptrain.launch_config import check_launch
 
 
 @dataclass
@@ -148,6 +151,8 @@ class TrainConfig:
     """Leave out the steps whose loss is a spike."""
     max_restarts: int = 0
     """Times that the ranks are started again, from the newest checkpoint, after one of them has failed."""
+    tensorboard: bool = False
+    """Also write the numbers of metrics.jsonl for TensorBoard, into tensorboard/ in the run folder; needs the extra `tensorboard`."""
 
 
 @dataclass
@@ -218,6 +223,10 @@ class WandbConfig:
     """Tags of the run."""
     continue_run: bool = False
     """A run that starts from another run's checkpoint (checkpoint.resume=PATH) goes on in that one's W&B run; else it gets its own."""
+    entity: str | None = None
+    """User or team that owns the project; null means the default of whoever is logged in."""
+    upload_seconds: float = 20.0
+    """Online, how long the end of the run waits for the rest to be uploaded, while the server answers."""
 
 
 @dataclass
@@ -228,18 +237,6 @@ class HardwareConfig:
     """auto (cuda where there is one, else cpu), cpu or cuda."""
     peak_flops_per_second: float | None
     """The device's dense bf16 peak, for MFU; null means unknown, and so is MFU."""
-
-
-@dataclass
-class LaunchConfig:
-    """How ranks are started."""
-
-    threads_per_rank: int | str
-    """CPU threads a rank computes with, or auto: the cores shared evenly by the ranks of the machine."""
-    timeout_seconds: float
-    """Longest wait for another rank before the job ends with an error."""
-    stop_seconds: float = 600.0
-    """How long ranks may take to finish a step and save once a signal came, before they are killed."""
 
 
 @dataclass
@@ -298,16 +295,19 @@ class Config:
 # ---- resolving -------------------------------------------------------------------------------------------
 
 
-def resolve(config: Config, started: int | None = None, devices: int | None = None) -> Config:
+def resolve(config: Config, started: int | None = None, devices: int | None = None, started_here: int | None = None) -> Config:
     """Check `config` and fill in what follows from it: dp, micro_batches, global_batch_size.
 
-    started: processes that a launcher already started, or None where this command starts them.
-    devices: accelerators on this machine, or None on CPU, where any number of processes will do.
+    started: processes that a launcher already started, or None where this command starts them. started_here: those of them on this
+    machine; None: all. devices: accelerators on this machine, or None on CPU, where any number of processes will do.
     Raises ConfigError at the first thing that cannot run.
     """
     config = copy.deepcopy(config)
     _check_values(config)
-    _resolve_layout(config.parallel, started, devices)
+    if started is None:
+        _resolve_layout(config.parallel, config.launch, devices)
+    else:
+        _resolve_started_layout(config, started, started_here or started)
     _resolve_stages(config.parallel)
     _check_model(config)
     _check_partition(config)
@@ -325,22 +325,68 @@ def refuse_unprovable(config: Config) -> None:
         raise refuse("check.processes", config.check.processes, rule, "use 2 or more, or check.layouts=own")
 
 
-def _resolve_layout(parallel: ParallelConfig, started: int | None, devices: int | None) -> None:
-    """Turn dp=auto into a number and compare tp x pp x dp with the processes at hand."""
+def _resolve_started_layout(config: Config, started: int, started_here: int) -> None:
+    """Turn dp=auto into a number and compare tp x pp x dp with the processes that a launcher has started."""
+    parallel = config.parallel
+    if config.launch.nodes > 1:
+        rule = f"starts ranks on several nodes, but a launcher has already started {started}"
+        raise refuse("launch.nodes", config.launch.nodes, rule, "leave launch.nodes out, or start without torchrun")
     inner = parallel.tp * parallel.pp
-    limit = started if started is not None else devices
     if parallel.dp == "auto":
-        parallel.dp = 1 if limit is None else max(1, limit // inner)
+        parallel.dp = max(1, started // inner)
+    if config.processes != started:
+        remedy = f"use parallel.dp={started // inner}" if started % inner == 0 else f"start {_processes(config.processes)}"
+        raise refuse("parallel.dp", parallel.dp, f"gives {_product(parallel)}, but {started} were started", remedy)
+    if started_here < started:
+        _check_nodes(parallel, started_here, f"start {parallel.tp} or a multiple on each; LOCAL_WORLD_SIZE says how many there are")
+
+
+def _resolve_layout(parallel: ParallelConfig, launch: LaunchConfig, devices: int | None) -> None:
+    """Turn dp=auto into a number and share tp x pp x dp out to the nodes and their accelerators."""
+    inner, nodes, asked = parallel.tp * parallel.pp, launch.nodes, launch.processes_per_node
+    room = devices if asked == "auto" else int(asked)
+    if devices is not None and room is not None and room > devices:
+        rule = f"is more than the {devices} GPU{'s' * (devices > 1)} of this machine"
+        raise refuse("launch.processes_per_node", asked, rule, f"use {devices} or less, or hardware.device=cpu")
+    if parallel.dp == "auto":  # with nothing to go by, the fewest copies that give each node whole tp groups
+        parallel.dp = nodes // math.gcd(parallel.pp, nodes) if room is None else max(1, room * nodes // inner)
     wanted = inner * int(parallel.dp)
-    sum_text = f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp} = {wanted} process{'es' * (wanted > 1)}"
-    if started is not None and wanted != started:
-        remedy = f"use parallel.dp={started // inner}" if started % inner == 0 else f"start {wanted} processes"
-        raise refuse("parallel.dp", parallel.dp, f"gives {sum_text}, but {started} were started", remedy)
-    if started is None and devices is not None and wanted > devices:
+    product = f"gives {_product(parallel)}, but"
+    if devices is not None and wanted > devices * nodes:
+        have = f"this machine has {devices} GPU{'s' * (devices > 1)}"
         raise refuse(
-            "parallel.dp", parallel.dp, f"gives {sum_text}, but this machine has {devices} GPU{'s' * (devices > 1)}",
-            f"use parallel.dp={max(1, devices // inner)}" if inner <= devices else "use a smaller tp or pp, or hardware.device=cpu",
+            "parallel.dp", parallel.dp, f"{product} {have}" + f", {nodes} such nodes {devices * nodes}" * (nodes > 1),
+            f"use parallel.dp={max(1, devices * nodes // inner)}" if inner <= devices * nodes
+            else "use a smaller tp or pp, or hardware.device=cpu",
         )  # fmt: skip
+    if asked != "auto" and wanted != int(asked) * nodes:
+        sought = int(asked) * nodes
+        rule = f"{product} launch.nodes={nodes} x launch.processes_per_node={asked} = {sought}"
+        remedy = f"use parallel.dp={sought // inner}" if sought % inner == 0 else "use a tp and pp whose product divides that"
+        raise refuse("parallel.dp", parallel.dp, rule, remedy)
+    if wanted % nodes:
+        low = wanted // nodes * nodes
+        rule = f"does not divide the {_product(parallel)}"
+        raise refuse("launch.nodes", nodes, rule, f"use a layout of {f'{low} or ' * bool(low)}{low + nodes} processes")
+    if nodes > 1:
+        _check_nodes(parallel, wanted // nodes, f"use a tp that divides {wanted // nodes}, or more copies by parallel.dp")
+
+
+def _check_nodes(parallel: ParallelConfig, on_each: int, remedy: str) -> None:
+    """Whether each node holds whole tp groups, which are runs of consecutive ranks: their messages are too many for what joins nodes."""
+    if on_each % parallel.tp:
+        rule = f"does not divide the {_processes(on_each)} of a node, so that a tp group would straddle two nodes"
+        raise refuse("parallel.tp", parallel.tp, rule, remedy)
+
+
+def _product(parallel: ParallelConfig) -> str:
+    """`tp 2 x pp 2 x dp 1 = 4 processes`."""
+    count = parallel.tp * parallel.pp * int(parallel.dp)
+    return f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp} = {_processes(count)}"
+
+
+def _processes(count: int) -> str:
+    return f"{count} process{'es' * (count > 1)}"
 
 
 def _check_model(config: Config) -> None:
@@ -452,7 +498,7 @@ _AT_LEAST: dict[str, float] = {
     "train.max_skipped_steps": 0, "train.max_restarts": 0, "data.seq_len": 1,
     "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.momentum": 0,
     "lr_schedule.warmup_steps": 0, "lr_schedule.min_lr_ratio": 0,
-    "checkpoint.every": 0, "checkpoint.keep": 1, "checkpoint.keep_every": 1,
+    "checkpoint.every": 0, "checkpoint.keep": 1, "checkpoint.keep_every": 1, "wandb.upload_seconds": 0,
     "check.steps": 1, "check.processes": 1,
 }  # fmt: skip
 
@@ -463,7 +509,7 @@ _ABOVE_ZERO = (
 _ABOVE_ZERO_OR_NULL = ("optimizer.grad_clip", "hardware.peak_flops_per_second", "train.max_minutes")
 _AT_MOST_ONE = ("lr_schedule.min_lr_ratio",)
 _BELOW_ONE = ("optimizer.momentum", "model.dropout", "train.label_smoothing", "doctor.slow_rank", "doctor.slow_link")
-_INT_OR_AUTO = ("parallel.dp", "parallel.stages_per_rank", "launch.threads_per_rank")
+_INT_OR_AUTO = ("parallel.dp", "parallel.stages_per_rank", "launch.threads_per_rank", "launch.processes_per_node")
 _STAGES_PER_RANK: dict[str, int | None] = {"gpipe": None, "1f1b": 1, "interleaved": None, "zb_h1": 1, "zb_v": 2}
 """For each schedule that has a name, the stages that a rank must hold; None: any number."""
 
@@ -504,6 +550,10 @@ def _check_values(config: Config) -> None:
         raise refuse("train.spike_factor", config.train.spike_factor, rule, "use 2 or more, or null")
     if config.train.skip_spikes and config.train.spike_factor is None:
         raise refuse("train.skip_spikes", True, "has no spikes to skip, as train.spike_factor=null", "use train.spike_factor=2 or more")
+    if config.train.tensorboard and find_spec("tensorboard") is None:
+        rule = "needs the package tensorboard, which is not installed"
+        raise refuse("train.tensorboard", True, rule, "pip install 'tptrain[tensorboard]', or use train.tensorboard=false")
+    check_launch(config.launch)
     check_data(config.data)
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):

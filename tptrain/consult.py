@@ -24,19 +24,23 @@ from tptrain.doctor.record import Report
 from tptrain.failures import JobFailed
 from tptrain.files import write_atomically
 from tptrain.job import Job, Place
+from tptrain.launch_config import refuse_several_nodes
 
 _LABEL_WIDTH = 14
 
 
 def doctor(config: Config, run_dir: Path, place: Place | None) -> None:
-    """Examine the ranks of a config's layout. place: this process among a launcher's ranks; of these, rank 0 shows what was found.
+    """Examine the ranks of a config's layout. place: this process among a launcher's ranks; of these rank 0, and of
+    several nodes' commands node 0's, shows what was found.
 
     config: typed, not yet resolved. Raises ConfigError before anything runs and where ranks have different versions; JobFailed, once
     the tables are shown, where something is slow or short.
     """
+    refuse_several_nodes(config.launch, "doctor")
     config, run_dir = launch.settle(config, place), run_dir.absolute()
     job = Job("doctor", config, run_dir / "doctor", Path(config.data.store_dir).absolute())
-    speaks, keep_logs = place is None or place.rank == 0, False
+    speaks = place.rank == 0 if place is not None else config.launch.node_rank in (None, 0)
+    keep_logs = False
     terminal = rich.console.Console()
     terminal = terminal if terminal.is_terminal else rich.console.Console(width=140)  # a pipe has no width of its own
     if speaks:

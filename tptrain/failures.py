@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from tptrain.config import ConfigError
@@ -56,6 +56,16 @@ class Failure:
     signal: int = 0
     waited_for: Sequence[int] = ()
     """The ranks that did not answer in time, as far as they are known."""
+
+
+@dataclass
+class Outcome:
+    """How ranks ended, as their launcher saw it."""
+
+    exits: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """For each rank that did not leave with 0: its exit code (negative: minus the signal), and when that was seen (seconds, epoch)."""
+    asked: str | None = None
+    """The signal that the launcher handed on to its ranks."""
 
 
 class JobFailed(RuntimeError):

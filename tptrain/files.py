@@ -1,4 +1,4 @@
-"""Files that are either the old text or the new one, also after a crash in the middle of writing."""
+"""Files that are either the old text or the new one, also after a crash in the middle of writing; paths as one types them."""
 
 from __future__ import annotations
 
@@ -31,3 +31,14 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def near(path: Path | str) -> str:
+    """A path as one would type it here: relative where it is below the current folder.
+
+    >>> near(Path.cwd() / "outputs"), near("/somewhere/else")
+    ('outputs', '/somewhere/else')
+    """
+    with contextlib.suppress(OSError, ValueError):
+        return str(Path(path).relative_to(Path.cwd()))
+    return str(path)

@@ -9,18 +9,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tptrain.checkpoint.sharded import load_model
 from tptrain.config import Config
 from tptrain.data.text_stream import TextStream
 from tptrain.data.tokenizers import Tokenizer, load_tokenizer
 from tptrain.generate_config import GenerateConfig
 from tptrain.job import Job
-from tptrain.mesh import Mesh, build_mesh, own_device
-from tptrain.model.gpt import GPTStage
-from tptrain.pipeline.partition import even_partition
+from tptrain.mesh import build_mesh, own_device
 from tptrain.pipeline_decoder import PipelineDecoder
 from tptrain.sampling import Chooser, Sampling, continuations
-from tptrain.tensor_parallel.parameter import DTYPES, compute_in
+from tptrain.trained_stage import load_stage
 
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
 """What a terminal shows for control characters: a model may write any, and they would move the cursor."""
@@ -52,16 +49,6 @@ def generate(config: GenerateConfig) -> dict[str, float]:
     if output:
         output.finish()
     return {"tokens": count, "seconds": time.perf_counter() - began}
-
-
-def load_stage(trained: Config, checkpoint: Path, mesh: Mesh) -> GPTStage:
-    """This rank's stage with a checkpoint's weights, in the dtype that the run computes in: there are no updates to keep fp32 for."""
-    dtype = DTYPES[trained.train.precision]
-    first_layer, last_layer = even_partition(trained.model.num_layers, mesh.pp_size)[mesh.pp_rank]
-    stage = GPTStage(trained.model, first_layer, last_layer, mesh.tp, mesh.device).to(dtype)
-    compute_in(stage, dtype)
-    load_model(checkpoint, stage, mesh.world)
-    return stage
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:

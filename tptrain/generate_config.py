@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tptrain.config import HardwareConfig, LaunchConfig, refuse
+from tptrain.launch_config import refuse_several_nodes
 
 
 @dataclass
@@ -74,5 +75,6 @@ def refuse_bad_values(config: GenerateConfig) -> None:
             raise refuse(key, value, f"is below {least}", f"use {least} or more")
     if not math.isfinite(config.temperature):
         raise refuse("temperature", config.temperature, "is not finite", "use a number, 0 for the most probable tokens")
+    refuse_several_nodes(config.launch, "generate")
     if config.top_p is not None and not 0 < config.top_p <= 1:
         raise refuse("top_p", config.top_p, "is no share", "use a number above 0 and up to 1, or null")

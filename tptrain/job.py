@@ -76,12 +76,42 @@ class Place:
     world_size: int
     local_rank: int
     local_world_size: int
-    """Ranks on this machine."""
+    """Ranks on this machine; on each other as many."""
     own_gpu: bool = False
     """Whether the launcher shows this process one GPU alone, its own, instead of all that the machine has."""
 
+    @property
+    def node(self) -> int:
+        """Which machine this is."""
+        return self.rank // self.local_world_size
+
+    @property
+    def neighbours(self) -> range:
+        """The ranks on this machine."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_world_size)
+
+    @property
+    def nodes(self) -> int:
+        """Machines of the job."""
+        return self.world_size // self.local_world_size
+
 
 ALONE = Place(rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks that the commands of several nodes start find each other."""
+
+    host: str
+    port: int
+    attempt: int
+    """How often the ranks have been started before."""
+    first_rank: int
+    """The first of this node's ranks."""
+    world_size: int
+    """Ranks of all nodes."""
 
 
 def schema(kind: Any = Config) -> Any:
@@ -102,7 +132,13 @@ def keys(kind: Any = Config, prefix: str = "") -> dict[str, Any]:
     """Every key of the schema, dotted, with its type: groups and values."""
     found: dict[str, Any] = {}
     for key, hint in typing.get_type_hints(kind).items():
-        found[prefix + key] = hint
-        if dataclasses.is_dataclass(hint):
-            found |= keys(hint, f"{prefix}{key}.")
+        found[prefix + key] = group = group_of(hint)
+        if dataclasses.is_dataclass(group):
+            found |= keys(group, f"{prefix}{key}.")
     return found
+
+
+def group_of(hint: Any) -> Any:
+    """A type of the schema; of a group that may be null the group's."""
+    kinds = typing.get_args(hint)
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), hint) if type(None) in kinds else hint

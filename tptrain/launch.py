@@ -5,6 +5,7 @@
     one process is enough                   work right here
     else                                    torch elastic starts `python -m tptrain.launch WORK RUN_DIR STORE_DIR PARENT`
                                             once a rank, on this machine, over the loopback device
+    launch.nodes machines                   the same on each, once their commands have met: `crew.py`
 
 All that can be refused is refused before any of these. This is the only file that reads environment variables.
 """
@@ -14,31 +15,32 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import logging
 import math
 import os
+import shutil
 import signal
-import socket
 import sys
+import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tptrain import failures, ranks, scheduler
+from tptrain import failures, network, ranks, scheduler
 from tptrain.config import Config, ConfigError, refuse, resolve
 from tptrain.failures import Failure, JobFailed
-from tptrain.job import Job, Place
+from tptrain.job import Job, Meeting, Place
 from tptrain.plan.pipeline import schedule_of
+from tptrain.spawn import act_on, judge, own_ranks, run_ranks
 from tptrain.stop import AGAIN, FirstAndSecond, Stopped, Wish
 from tptrain.stop import numbers as stop_signals
 
-_SHUTDOWN_SECONDS = 10
-"""How long ranks may take to end after a signal before they are killed."""
+if TYPE_CHECKING:
+    from tptrain.crew import Crew
 
 _LEAST_MINUTES = 1e-6
 """What train.max_minutes leaves to a restart once it has passed: the ranks stop after one step."""
@@ -57,41 +59,49 @@ def start(config: Config, run_dir: Path, place: Place | None, apart: bool = Fals
     if place is not None:
         return _take_part(config, run_dir, place)
     wish, apart = Wish(), apart or config.processes > 1 or config.train.max_restarts > 0
+    is_first = config.launch.node_rank in (None, 0)
 
     def heard(number: signal.Signals) -> bool:
         if not apart:
             return wish.ask(number.name)
-        if not ranks.pass_on(run_dir, config.processes, number):
+        if not ranks.pass_on(run_dir, own_ranks(config), number):
             return False
         wish.reason = number.name
         _wait_at_most(config.launch.stop_seconds)
         return True
 
     def given_up(number: signal.Signals) -> None:
-        ranks.write_status(run_dir, "failed", f"ended by a second signal, {number.name}")
+        if is_first:
+            ranks.write_status(run_dir, "failed", f"ended by a second signal, {number.name}")
 
     try:
         with signals_stop(heard, given_up, math.inf if _in_step() else 0.3, _submitit_signals()):
-            return _train(replace(_prepare(config, run_dir), wish=wish), apart)
+            if config.launch.nodes == 1:
+                return _train(replace(_prepare(config, run_dir), wish=wish), apart)
+            with _crew(config) as crew:
+                run_dir, store_dir = _prepare_together(crew, config, run_dir)
+                return _train(Job("train", config, run_dir, store_dir, wish), True, crew)
     except Stopped as stop:
         stop.exit_code = AGAIN
-        ranks.write_status(run_dir, "stopped")
+        if is_first:
+            ranks.write_status(run_dir, "stopped")
         _let_submitit_requeue(wish)
         raise
 
 
-def _train(job: Job, apart: bool) -> float | None:
+def _train(job: Job, apart: bool, crew: Crew | None = None) -> float | None:
     """Train here, or in ranks of our own, and keep the error where it fails."""
     try:
-        value: float | None = _persevere(job) if apart else ranks.inline(job)
+        value: float | None = _persevere(job, crew) if apart else ranks.inline(job)
         return value
     except Exception as error:
         told = isinstance(error, (JobFailed, ConfigError))
-        ranks.write_status(job.run_dir, "failed", str(error) if told else failures.one_line(error))
+        if crew is None or crew.reports:
+            ranks.write_status(job.run_dir, "failed", str(error) if told else failures.one_line(error))
         raise
 
 
-def _persevere(job: Job) -> Any:
+def _persevere(job: Job, crew: Crew | None) -> Any:
     """Have ranks of our own train; where one fails, start them again, up to train.max_restarts times.
 
     A run that diverges would diverge again, and one that was asked to stop is not to go on: these are not started again.
@@ -101,9 +111,9 @@ def _persevere(job: Job) -> Any:
     most, minutes, began = job.config.train.max_restarts, job.config.train.max_minutes, time.monotonic()
     for attempt in range(1, most + 1):
         try:
-            return _spawn(job)
+            return _spawn(job, crew, again=True)
         except JobFailed as failed:
-            if failed.kind == "diverged" or job.wish.reason is not None:
+            if failed.kind == "diverged" or job.wish.reason is not None or (crew is not None and crew.without is not None):
                 raise
             newest = complete_checkpoints(home_of(job.config.checkpoint, job.run_dir))
             failures.say(f"tptrain: restart {attempt} of {most}, from {newest[-1].name if newest else 'where the run began'}")
@@ -111,8 +121,73 @@ def _persevere(job: Job) -> Any:
             job.config.checkpoint.resume = "auto"
         if minutes is not None:  # they count for all attempts together
             job.config.train.max_minutes = max(minutes - (time.monotonic() - began) / 60, _LEAST_MINUTES)
-        write_job(job)
-    return _spawn(job)
+        if crew is None or crew.council.node == 0:
+            write_job(job)
+    return _spawn(job, crew)
+
+
+@contextlib.contextmanager
+def _crew(config: Config) -> Iterator[Crew]:
+    """Meet the commands of the other nodes. Raises JobFailed, once it is told, where one of them is lost."""
+    level = os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ["TORCH_CPP_LOG_LEVEL"] = level or "FATAL"  # torch logs each try to reach a node that is not there; we say it once
+    import torch.distributed  # noqa: F401  # which reads the level
+
+    from tptrain import crew
+    from tptrain.council import LostNode
+
+    if level is None:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # for the ranks, each of which it would warn that an address has no name
+    try:
+        with crew.meet(config) as met:
+            _use_interface(met.interface)
+            yield met
+    except LostNode as lost:
+        failures.say(f"tptrain: {lost}")
+        raise JobFailed(str(lost)) from lost
+
+
+def _prepare_together(crew: Crew, config: Config, run_dir: Path) -> tuple[Path, Path]:
+    """The run folder and this node's token store."""
+    from tptrain.nodes import prepare_together
+
+    run_dir, store_dir = prepare_together(crew.council, config, lambda: _prepare(config, run_dir))
+    if crew.council.node > 0:
+        own = own_ranks(config)
+        failures.say(f"tptrain: node {crew.council.node} trains with ranks {own[0]} to {own[-1]} in {run_dir}; node 0 reports")
+    return run_dir, store_dir
+
+
+def _spawn(job: Job, crew: Crew | None = None, again: bool = False) -> Any:
+    """Start the ranks, wait for them, and return rank 0's value.
+
+    crew: the commands of the other nodes. again: whether a failure would not be the end. Raises JobFailed after showing the cause,
+    ConfigError if the ranks refused.
+    """
+    if crew is None:
+        _keep_flights(job.run_dir)
+        return act_on(job, judge(job, run_ranks(job)))
+    meeting = crew.begin()
+    _keep_flights(job.run_dir)
+    try:
+        outcome = run_ranks(job, meeting)
+    except BaseException:
+        crew.fell()
+        raise
+    if outcome.exits:
+        crew.fell()
+    end = crew.conclude(outcome, partial(judge, job), again)
+    job.wish.reason = job.wish.reason or end.get("asked")
+    if crew.without is None or "failure" not in end:
+        return act_on(job, end)
+    failure = Failure(**end["failure"])
+    if failure.kind == "lost_peer" and not failure.waited_for:  # the other node's ranks are gone with it, and ours found out
+        failures.say(f"tptrain: {crew.without}")
+        raise JobFailed(str(crew.without))
+    try:
+        return act_on(job, end)
+    finally:
+        failures.say(f"tptrain: {crew.without}")
 
 
 def _take_part(config: Config, run_dir: Path, place: Place) -> float | None:
@@ -191,13 +266,38 @@ def end_of_task(failed: bool) -> None:
 
 
 def run(job: Job, apart: bool = False) -> Any:
-    """Have ranks of our own do `job`, and return rank 0's value.
+    """Have ranks of our own, on all nodes, do `job`, and return rank 0's value.
 
     apart: also a single rank gets a process of its own, whose memory is free again afterwards. Raises what `start` raises.
     """
     _set_environment(job.config, None)
+    if job.config.launch.nodes > 1:
+        return _run_on_nodes(job)
     write_job(job)
     return ranks.inline(job) if job.config.processes == 1 and not apart else _spawn(job)
+
+
+def _run_on_nodes(job: Job) -> Any:
+    """The same with the commands of the other nodes, in node 0's run folder, which need not be shared: else each node has a copy."""
+    from tptrain.nodes import agree_on, is_seen
+
+    with _crew(job.config) as crew:
+        agree_on(crew.council, job.config)
+
+        def offer() -> str:
+            if crew.council.node == 0:
+                write_job(job)
+            return str(job.run_dir)
+
+        job = replace(job, run_dir=Path(crew.council.together("run folder", offer)))
+        copied = crew.council.node > 0 and not is_seen(job.run_dir / "config.yaml")
+        if copied:
+            write_job(job)
+        try:
+            return _spawn(job, crew)
+        finally:
+            if copied:
+                shutil.rmtree(job.run_dir, ignore_errors=True)
 
 
 def take_part(job: Job, place: Place) -> Any:
@@ -231,7 +331,11 @@ def given_place() -> Place | None:
             raise ConfigError(f"RANK={rank} is set, but {name}={text or ''} is no number: start with torchrun, or unset RANK")
         values.append(int(text))
     own_gpu = _scheduled() and scheduler.has_own_gpu(os.environ)
-    return Place(values[0], values[1], values[2], values[3], own_gpu)
+    place = Place(values[0], values[1], values[2], values[3], own_gpu)
+    if place.world_size % place.local_world_size or place.rank % place.local_world_size != place.local_rank:
+        text = f"RANK={place.rank} WORLD_SIZE={place.world_size} LOCAL_RANK={place.local_rank} LOCAL_WORLD_SIZE={place.local_world_size}"
+        raise ConfigError(f"{text} are of nodes with unequal numbers of ranks: start as many on each")
+    return place
 
 
 def _chosen_master() -> dict[str, str]:
@@ -239,15 +343,30 @@ def _chosen_master() -> dict[str, str]:
     return {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
 
 
+def check_restarts(place: Place, names_folder: bool) -> None:
+    """Refuse to train where torchrun is to restart ranks and would do so in vain. names_folder: whether hydra.run.dir is given."""
+    most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if most == "0":
+        return
+    if not names_folder:
+        raise ConfigError(f"torchrun --max-restarts={most} would begin anew in another run folder each time: use hydra.run.dir=FOLDER")
+    if place.nodes > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ConfigError(
+            f"torchrun --max-restarts={most} over several nodes starts ranks again in a store that still holds the last start's keys: "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node and use --rdzv-backend=c10d, or use launch.nodes and train.max_restarts"
+        )
+
+
 def is_first_rank() -> bool:
-    """Whether this process speaks for the job: it is rank 0, or no rank of anybody's."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process speaks for its terminal: it is rank 0, or the first of torchrun's on this machine, or no rank of anybody's."""
+    rank = os.environ.get("RANK", "0")
+    return (os.environ.get("LOCAL_RANK", rank) if "TORCHELASTIC_RUN_ID" in os.environ else rank) == "0"
 
 
-def let_rank_0_speak() -> None:
-    """Before another rank leaves with a refusal: torchrun and srun stop all ranks, also a rank 0 that is still to say it."""
+def let_first_rank_speak() -> None:
+    """Before another rank leaves with a refusal: torchrun and srun stop all ranks, also the first, which is still to say it."""
     if not is_first_rank() and "TORCHELASTIC_RUN_ID" in os.environ:
-        time.sleep(10)  # cut short by torchrun, once rank 0 has left
+        time.sleep(10)  # cut short by torchrun, once the first has left
     elif not is_first_rank() and "SLURM_STEP_ID" in os.environ:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for the exit code, srun's is the largest
         time.sleep(3)
@@ -268,8 +387,8 @@ def settle(config: Config, place: Place | None) -> Config:
     Checked without counting GPUs first: that imports torch, and most refusals do not depend on it. The schedule comes last: the number
     of micro-batches may follow from dp, and dp from the GPUs.
     """
-    started = place.world_size if place else None
-    resolved = resolve(config, started)
+    started, here = (place.world_size, place.local_world_size) if place else (None, None)
+    resolved = resolve(config, started, None, here)
     if config.hardware.device != "cpu":
         gpus = count_gpus()
         if gpus == 0 and config.hardware.device == "cuda":
@@ -278,7 +397,7 @@ def settle(config: Config, place: Place | None) -> Config:
             rule = f"gives each rank a GPU, but this machine has {gpus} for {place.local_world_size} ranks"
             raise refuse("hardware.device", config.hardware.device, rule, f"start {gpus} a machine, or use hardware.device=cpu")
         if gpus:
-            resolved = resolve(config, started, gpus)
+            resolved = resolve(config, started, gpus, here)
         resolved.hardware.device = "cuda" if gpus else "cpu"
     schedule_of(resolved)
     return resolved
@@ -304,13 +423,14 @@ def _prepare(config: Config, run_dir: Path) -> Job:
     from tptrain.checkpoint.hugging_face.folder import check_folder
     from tptrain.checkpoint.start import find_start, make_home, pass_over
     from tptrain.data import keep_tokenizer, prepare
+    from tptrain.monitor.text import tell
 
     make_home(config)
     damage: dict[Path, str] = {}
     start = find_start(config, run_dir, damage)
     if start is None and config.train.init_from is not None:
         check_folder(config.train.init_from, config.model)
-    job = Job("train", config, run_dir.absolute(), prepare(config, print))
+    job = Job("train", config, run_dir.absolute(), prepare(config, tell))
     keep_tokenizer(config.data, job.store_dir, job.run_dir, start)
     write_job(job)
     for line in pass_over(damage, start):
@@ -332,12 +452,48 @@ def write_job(job: Job) -> None:
 def _set_environment(config: Config, place: Place | None) -> None:
     """Set what torch's libraries read when they load, here and in the ranks that inherit it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts are split among processes, and its threads do not survive a fork
-    on_this_machine = place.local_world_size if place else config.processes
+    on_this_machine = place.local_world_size if place else len(own_ranks(config))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(ranks.threads(config, on_this_machine))
-    if place is None or place.local_world_size == place.world_size:
+    if config.launch.nodes > 1:
+        return  # until the nodes have met
+    if place is None or place.nodes == 1:
         # Else gloo looks this host's name up, which waits 10-20 s for a name server that does not answer.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    elif (master := os.environ.get("MASTER_ADDR")) is not None:
+        try:
+            _use_interface(network.interface_to(master))
+        except OSError as error:
+            rule = f"cannot be found from here ({error.strerror})"
+            raise refuse("MASTER_ADDR", master, rule, "use torchrun --local-addr or --master-addr, with an address of node 0") from error
+
+
+def _use_interface(name: str | None) -> None:
+    """Have gloo and NCCL speak over a network interface, unless the user has named others."""
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def give_home() -> None:
+    """Where the user has no home directory that can be written, as in some containers, have libraries keep caches among the temporary
+    files instead.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = None
+    if home is not None and os.access(home, os.W_OK):
+        return
+    place = Path(tempfile.gettempdir(), f"tptrain-{os.getuid()}")
+    with contextlib.suppress(OSError):
+        place.mkdir(mode=0o700, exist_ok=True)
+    if place.is_symlink() or not place.is_dir() or place.stat().st_uid != os.getuid():  # somebody else's
+        place = Path(tempfile.mkdtemp(prefix="tptrain-"))
+    if home is None:
+        os.environ["HOME"] = str(place)
+    for name in ("XDG_CACHE_HOME", "MPLCONFIGDIR"):
+        os.environ.setdefault(name, str(place / "cache"))
 
 
 def _keep_flights(run_dir: Path) -> None:
@@ -400,76 +556,16 @@ def _wait_at_most(seconds: float) -> None:
 # ---- ranks of our own ------------------------------------------------------------------------------------
 
 
-def _spawn(job: Job) -> Any:
-    """Start the ranks and wait for them. Raises JobFailed after showing the cause, ConfigError if the ranks refused."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=job.config.processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        rdzv_configs={"is_host": True},
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-        shutdown_timeout=_SHUTDOWN_SECONDS,
-        signals_to_handle="SIGQUIT",  # the others are ours: see signals_stop
-    )
-    _keep_flights(job.run_dir)
-    command = ("-u", "-m", "tptrain.launch", job.work, str(job.run_dir), str(job.store_dir), str(os.getpid()))
-    try:
-        with _quiet_elastic():
-            elastic_launch(settings, sys.executable)(*command)
-    except ChildFailedError as error:
-        exits = {rank: (failure.exitcode, float(failure.timestamp)) for rank, failure in error.failures.items()}
-        cause = failures.root_cause(job.run_dir, exits)
-        if job.wish.reason is not None and cause.kind in ("killed", "lost_peer"):  # some had left the training, or not yet begun it
-            raise Stopped(f"stopped by {job.wish.reason}") from None
-        raise _tell(job.run_dir, cause) from None
-    finally:
-        failures.show_cursor()
-    result = json.loads(ranks.result_path(job.run_dir).read_text())
-    if "stopped" in result:
-        raise Stopped(result["stopped"])
-    return result["value"]
-
-
-def _tell(run_dir: Path, cause: Failure) -> Exception:
-    """Show the root cause; the exception to raise for it."""
-    if cause.kind == "refused":
-        return ConfigError(cause.error)
-    failures.say(failures.describe(cause, run_dir))
-    between = " " if cause.kind in ("killed", "exit") else ": "
-    return JobFailed(f"rank {cause.rank}{between}{cause.error}", cause.kind)
-
-
-@contextlib.contextmanager
-def _quiet_elastic() -> Iterator[None]:
-    """Keep torch elastic from logging to the terminal, and from asking a name server who we are for its event log."""
-    logger = logging.getLogger("torch.distributed.elastic")
-    silence, propagate, full_name = logging.NullHandler(), logger.propagate, socket.getfqdn
-    logger.addHandler(silence)
-    logger.propagate = False
-    socket.getfqdn = lambda name="": name or socket.gethostname()
-    try:
-        yield
-    finally:
-        socket.getfqdn = full_name
-        logger.propagate = propagate
-        logger.removeHandler(silence)
-
-
-def _rank_main(work: str, run_dir: str, store_dir: str, parent: str) -> None:
-    """Entry of a rank that `_spawn` started."""
+def _rank_main(work: str, run_dir: str, store_dir: str, parent: str, meeting: str | None = None) -> None:
+    """Entry of a rank that `_run_ranks` started."""
     ranks.die_with_parent(int(parent))
     place = given_place()
     assert place is not None
-    ranks.spawned(work, Path(run_dir), Path(store_dir), place)
+    others = None if meeting is None else Meeting(**json.loads(meeting))
+    if others is not None:  # torch elastic counts this machine's ranks alone
+        place = replace(place, rank=others.first_rank + place.rank, world_size=others.world_size)
+        os.environ["RANK"], os.environ["WORLD_SIZE"] = str(place.rank), str(place.world_size)
+    ranks.spawned(work, Path(run_dir), Path(store_dir), place, others)
 
 
 if __name__ == "__main__":

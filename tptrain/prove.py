@@ -27,6 +27,7 @@ from tptrain.data import prepare
 from tptrain.failures import JobFailed
 from tptrain.files import write_atomically
 from tptrain.job import Job
+from tptrain.launch_config import refuse_several_nodes
 from tptrain.verdict import LIMITS, TENSORS, Verdict, judge, table_of_all, table_of_one
 
 
@@ -36,6 +37,7 @@ def check(config: Config, run_dir: Path) -> None:
     config: typed, not yet resolved. Raises ConfigError before anything runs; JobFailed, once the table is shown, where a layout
     differs or did not run.
     """
+    refuse_several_nodes(config.launch, "check")
     config = launch.settle(config, None)
     refuse_unprovable(config)
     if config.train.init_from is not None:

@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -28,9 +28,10 @@ from typing import Any, NoReturn
 
 from tptrain import failures, last_words, lifeline, roll_call
 from tptrain.config import Config, ConfigError
+from tptrain.eval_config import EvalConfig
 from tptrain.generate_config import GenerateConfig
 from tptrain.host_memory import keep_freed_memory
-from tptrain.job import ALONE, Job, Place
+from tptrain.job import ALONE, Job, Meeting, Place
 from tptrain.stop import ON_BEHALF, Stopped, Wish, follow_launcher
 from tptrain.stop import numbers as stop_signals
 
@@ -71,6 +72,13 @@ def _generate(job: Job) -> dict[str, float]:
     return generate(job.config)
 
 
+def _evaluate(job: Job) -> dict[str, Any]:
+    """Losses and likelihoods of a trained model."""
+    from tptrain.evaluate import evaluate
+
+    return evaluate(job.config, job.run_dir, job.store_dir)
+
+
 def _doctor(job: Job) -> dict[str, Any] | None:
     """What there is to say about the machines of the ranks."""
     from tptrain.doctor.examine import examine
@@ -93,17 +101,20 @@ class Work:
     """Every rank calls it; rank 0's value, which JSON can hold, goes back to the launcher."""
     config: type = Config
     """The schema of the job's `config.yaml`. It has the groups `hardware` and `launch`, and `processes`."""
+    shares: bool = False
+    """Whether the ranks of several machines need one run folder, and each machine the same tokens."""
     before: Callable[[Any, Place, float], None] | None = None
     """Called on each of several ranks before there is a process group, with the store in which they found each other and the seconds for
     which they wait for each other. What it refuses, it refuses on every rank."""
 
 
 WORKS = {
-    "train": Work(_train),
+    "train": Work(_train, shares=True),
     "check-twin": Work(_check_twin),
     "check-layout": Work(_check_layout),
     "doctor": Work(_doctor, before=_same_versions),
     "generate": Work(_generate, GenerateConfig),
+    "eval": Work(_evaluate, EvalConfig),
 }
 """By the name that travels to the ranks."""
 
@@ -133,10 +144,11 @@ def joined(work: str, config: Config, prepare: Callable[[], Job], place: Place, 
     terminal = os.dup(sys.stderr.fileno())
     run_dir: Path | None = None
     try:
-        job, store = _meet(config, prepare, place)
+        job, store_dir, store = _meet(work, config, prepare, place)
         run_dir = job.run_dir if job else None
         _join_group(work, config, place, store)
         job = dataclasses.replace(_from_rank_0(job), wish=wish)
+        job = dataclasses.replace(job, store_dir=store_dir or job.store_dir)
         run_dir = job.run_dir
         _keep_log(run_dir, place.rank)
         begin(run_dir)
@@ -154,14 +166,17 @@ def joined(work: str, config: Config, prepare: Callable[[], Job], place: Place, 
         raise failures.JobFailed(_tell(run_dir, place, error, terminal)) from error
 
 
-def spawned(work: str, run_dir: Path, store_dir: Path, place: Place) -> NoReturn:
-    """Work as a rank that `launch.py` started, and leave the process. The launcher says what went wrong, not we."""
+def spawned(work: str, run_dir: Path, store_dir: Path, place: Place, meeting: Meeting | None = None) -> NoReturn:
+    """Work as a rank that `launch.py` started, and leave the process. The launcher says what went wrong, not we.
+
+    meeting: where the ranks of other nodes are, if there are any.
+    """
     wish = Wish(announce=partial(_write_pid, run_dir, place.rank))
     follow_launcher(wish, os.getppid())
     _keep_log(run_dir, place.rank)
     try:
         job = dataclasses.replace(Job.load(work, run_dir, store_dir, WORKS[work].config), wish=wish)
-        _join_group(work, job.config, place)
+        _join_group(work, job.config, place, _store_at(meeting) if meeting else None)
         value = WORKS[work].run(job)
         if place.rank == 0:
             result_path(run_dir).write_text(json.dumps({"value": value}))
@@ -179,10 +194,10 @@ def result_path(run_dir: Path) -> Path:
     return run_dir / "logs" / "rank-0.result.json"
 
 
-def pass_on(run_dir: Path, processes: int, number: signal.Signals) -> bool:
-    """In the launcher: hand a signal to its ranks. False where one of them does not listen, as before the training's first step."""
+def pass_on(run_dir: Path, own: Iterable[int], number: signal.Signals) -> bool:
+    """In the launcher: hand a signal to its own ranks. False where one of them does not listen, as before the training's first step."""
     try:
-        pids = [int(_pid_path(run_dir, rank).read_text()) for rank in range(processes)]
+        pids = [int(_pid_path(run_dir, rank).read_text()) for rank in own]
         for pid in pids:
             os.kill(pid, ON_BEHALF.get(number, number))
     except (OSError, ValueError):
@@ -224,7 +239,8 @@ def _write_pid(run_dir: Path, rank: int) -> None:
 def _tell(run_dir: Path, place: Place, error: Exception, terminal: int) -> str:
     """Of torchrun's ranks, which no launcher of ours speaks for: record why this one fell, and tell the terminal and the run's status.
 
-    A rank with an error of its own speaks for itself. Of those that lost another one, the first that has fallen speaks for all.
+    A rank with an error of its own speaks for itself. Of those that lost another one, the first on a machine that has fallen
+    speaks for all there.
     Returns the cause in one line.
     """
     for number in stop_signals():
@@ -237,11 +253,12 @@ def _tell(run_dir: Path, place: Place, error: Exception, terminal: int) -> str:
         os.write(terminal, f"{failures.describe(failure, run_dir)}\n".encode())
         time.sleep(0.5)  # until rank 0 waits for us, else its "running" may come after our "failed", and torchrun then stops it
         _write_failed(run_dir, place.rank)
-    elif place.rank == min({*range(place.world_size)} - {*silent}):
+    elif place.rank == min({*place.neighbours} - {*silent}, default=None):
         cause = _write_failed(run_dir, place.rank)
         if cause is None:
             log = failures.log_path(run_dir, place.rank)
-            os.write(terminal, f"tptrain: rank {place.rank} lost another rank; its log: {log}\n".encode())
+            who = f" (no word from rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))})" * bool(silent and place.nodes > 1)
+            os.write(terminal, f"tptrain: rank {place.rank} lost another rank{who}; its log: {log}\n".encode())
         elif cause.kind == "lost_peer":
             os.write(terminal, f"{failures.describe(cause, run_dir)}\n".encode())
     return failure.error
@@ -286,8 +303,9 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _meet(config: Config, prepare: Callable[[], Job], place: Place) -> tuple[Job | None, Any]:
-    """Rank 0's job, once it is prepared, on rank 0 alone, and the store over which torchrun's ranks find each other.
+def _meet(work: str, config: Config, prepare: Callable[[], Job], place: Place) -> tuple[Job | None, Path | None, Any]:
+    """Rank 0's job, once it is prepared, on rank 0 alone; the token store of this node, where it may be another than rank 0's; and the
+    store over which torchrun's ranks find each other.
 
     To tokenise may take hours, so the other ranks wait here as long as rank 0 lives; only then does launch.timeout_seconds count.
     """
@@ -295,11 +313,45 @@ def _meet(config: Config, prepare: Callable[[], Job], place: Place) -> tuple[Job
 
     timeout, key = timedelta(seconds=config.launch.timeout_seconds), "tptrain/prepared"
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    job = prepare() if place.rank == 0 else None
-    if job is not None:
-        store.set(key, "")
-    store.wait([key], _LONG)
-    return job, store
+    job, store_dir = None, None
+    if place.nodes > 1 and WORKS[work].shares:
+        job, store_dir = _meet_nodes(config, prepare, place, dist.PrefixStore("tptrain/nodes", store))
+    else:
+        if place.rank == 0:
+            job = prepare()
+            store.set(key, "")
+        store.wait([key], _LONG)
+    return job, store_dir, store
+
+
+def _meet_nodes(config: Config, prepare: Callable[[], Job], place: Place, store: Any) -> tuple[Job | None, Path]:
+    """The same over several nodes: rank 0's job, and this node's token store. The first rank of each node speaks for it."""
+    from tptrain.council import Council, LostNode
+    from tptrain.nodes import prepare_together
+
+    jobs: list[Job] = []
+
+    def prepare_first() -> Job:
+        jobs.append(prepare())
+        return jobs[0]
+
+    seconds, listener = config.launch.timeout_seconds, place.local_rank > 0
+    try:
+        with Council(store.clone, place.node, place.nodes, seconds, listener) as council:
+            _, store_dir = prepare_together(council, config, prepare_first)
+    except LostNode as lost:
+        if not listener:
+            failures.say(f"tptrain: {lost}")
+        raise failures.JobFailed(str(lost)) from lost
+    return (jobs[0] if jobs else None), store_dir
+
+
+def _store_at(meeting: Meeting) -> Any:
+    """The store in which the ranks of all nodes find each other."""
+    from torch.distributed import TCPStore
+
+    limit = timedelta(seconds=_START_SECONDS)
+    return roll_call.store_of_attempt(TCPStore(meeting.host, meeting.port, None, False, timeout=limit), meeting.attempt)
 
 
 def _join_group(work: str, config: Config, place: Place, store: Any = None) -> None:
@@ -377,6 +429,7 @@ def _log(run_dir: Path, rank: int) -> Iterator[None]:
     try:
         yield
     finally:
+        logging.captureWarnings(False)
         for name, handler in handlers:
             logging.getLogger(name).removeHandler(handler)
             handler.close()
@@ -393,9 +446,10 @@ def _open_log(run_dir: Path, rank: int) -> list[tuple[str | None, logging.Handle
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers: list[tuple[str | None, logging.Handler]] = [(None, file), ("tptrain", file)]
     if rank == 0:
-        terminal = logging.StreamHandler()
-        terminal.setLevel(logging.WARNING)
-        handlers.append((None, terminal))
+        from tptrain.monitor.log import StderrHandler
+
+        handlers.append((None, StderrHandler(logging.WARNING)))
+    logging.captureWarnings(True)  # those of Python's module warnings: into the file too
     ours = logging.getLogger("tptrain")
     ours.propagate = False
     ours.setLevel(logging.INFO)

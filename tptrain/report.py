@@ -19,7 +19,9 @@ from tptrain.monitor.log import prepare_logger
 from tptrain.monitor.metrics import MetricsFile, Record, bubble_fraction, eval_record, train_record, windows
 from tptrain.monitor.peak_memory import peak_memory_bytes
 from tptrain.monitor.status import write_status
+from tptrain.monitor.tensorboard import TensorBoard
 from tptrain.monitor.trace import RankSpans, Recorded, clock_name, clock_number, on_one_clock, plain_spans, write_trace
+from tptrain.monitor.wandb_id import layout_name
 from tptrain.monitor.wandb_run import start_wandb
 from tptrain.pipeline.timeline import Span, busy
 from tptrain.plan.pipeline import describe
@@ -36,6 +38,7 @@ class Report:
     def __init__(self, config: Config, mesh: Mesh, trainer: Trainer, run_dir: Path) -> None:
         self.config, self.mesh, self.run_dir, self.data = config, mesh, run_dir, trainer.data
         self.tokens_per_step = config.batch_size * config.data.seq_len
+        self.state = "failed"  # what the run is if it ends now
         self.speaks = dist.get_rank() == 0
         parameters = [int(count) for (count,) in self.gather([sum(local_part(p).numel() for _, p in trainer.share.named_parameters())])]
         if not self.speaks:
@@ -57,7 +60,10 @@ class Report:
         self.metrics = MetricsFile(run_dir, first_step, trainer.evaluation_due)
         self.console = Console(config, config.train.max_steps, first_step)
         self.console.banner(facts)
-        self.wandb = start_wandb(config, run_dir, facts)
+        facts |= {"processes": config.processes, "layout": layout_name(config.parallel)}
+        earlier = self.metrics.earlier
+        self.wandb = start_wandb(config, run_dir, facts, earlier=earlier, say=self.console.say)
+        self.tensorboard = TensorBoard(config.train.tensorboard, run_dir, earlier or ())
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """Every rank's numbers, by rank, in one all-reduce; exact for integers below 2^53."""
@@ -102,6 +108,7 @@ class Report:
                 data_wait_fraction=max(waits) / step_seconds if step_seconds else None,
                 peak_memory_bytes=int(max(peak_memory)),
                 skipped_steps=skipped_steps,
+                time=time.time(),
             )
             self._log(record)
             self.console.step(record)
@@ -153,6 +160,7 @@ class Report:
 
     def stopped(self, step: int, wall_seconds: float) -> None:
         """Close the run as stopped. step: the last that is done."""
+        self.state = "stopped"
         if self.speaks:
             write_status(self.run_dir, "stopped", step)
             self.console.summary(state="stopped", step=step, wall_seconds=wall_seconds, run_dir=self.run_dir)
@@ -172,6 +180,7 @@ class Report:
         wall_seconds: float,
     ) -> None:
         """Close the run as done. samples: read since the start. step_seconds: mean over the run."""
+        self.state = "done"
         if not self.speaks:
             return
         write_status(self.run_dir, "done", step)
@@ -185,16 +194,18 @@ class Report:
             run_dir=self.run_dir,
         )
 
-    def close(self, done: bool) -> None:
-        """Let go of the terminal and the files, however the run ended."""
+    def close(self) -> None:
+        """Let go of the terminal and the files, however the run ended: as failed, unless `finish` or `stopped` was called."""
         if self.speaks:
             self.console.close()
             self.metrics.close()
-            self.wandb.finish(exit_code=0 if done else 1)
+            self.tensorboard.close()
+            self.wandb.finish(self.state)
 
     def _log(self, record: Record) -> None:
         self.metrics.write(record)
         self.wandb.log(record)
+        self.tensorboard.log(record)
 
 
 def _device_name(device: torch.device) -> str:

@@ -24,7 +24,7 @@ from tptrain.mesh import background_group, build_mesh, own_device
 from tptrain.monitor.log import prepare_logger
 from tptrain.monitor.peak_memory import reset_peak_memory
 from tptrain.monitor.step_timer import StepTimer
-from tptrain.monitor.wandb_run import adopt_id, kept_id
+from tptrain.monitor.wandb_id import adopt_id, kept_id
 from tptrain.report import Report
 from tptrain.step_watch import StepWatch
 from tptrain.stop import Stopped, Wish
@@ -50,7 +50,7 @@ def train(config: Config, run_dir: Path, store_dir: Path, wish: Wish | None = No
     max_steps = config.train.max_steps
     report = Report(config, mesh, trainer, run_dir)
     watch = StepWatch(trainer, report, saver, wish or Wish())
-    timer, val_loss, result, done = StepTimer(), None, None, False
+    timer, val_loss, result = StepTimer(), None, None
     try:
         if trainer.evaluation_due:
             val_loss = evaluate(trainer, report, watch)
@@ -87,14 +87,12 @@ def train(config: Config, run_dir: Path, store_dir: Path, wish: Wish | None = No
         saver.finish()
         if watch.stop and (trainer.steps_done < max_steps or trainer.evaluation_due):
             report.stopped(trainer.steps_done, time.perf_counter() - began)
-            done = True
             raise Stopped(watch.farewell())
         report.finish(trainer.steps_done, result, trainer.samples_done, val_loss, timer.overall(), time.perf_counter() - began)
-        done = True
     finally:
         saver.close()
         trainer.close()
-        report.close(done)
+        report.close()
     return val_loss
 
 

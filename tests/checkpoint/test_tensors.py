@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 
 from tests.ranks import run_ranks
+from tptrain.checkpoint.manifest import write_manifest
+from tptrain.config import ConfigError
 
 SHAPES = {
     "matrix": (50, 36), "long": (3, 400), "vector": (301,), "short": (2,), "number": (), "box": (6, 5, 7), "counts": (40, 8),
@@ -215,8 +217,14 @@ def test_one_process_reads_it_alone_in_another_dtype(written: tuple[Path, list[d
     read_tensors(written[0] / "both", tensors, None)
     for name, tensor in tensors.items():
         assert np.array_equal(tensor.numpy(), values_of(name)), name
-    with pytest.raises(Exception, match=r"both has no model.matrix$"):
-        load_whole(written[0] / "both", {"matrix": tensors["matrix"]})
+    (folder := written[0] / "complete").mkdir()
+    for path in (written[0] / "both").iterdir():
+        shutil.copy(path, folder)
+    with pytest.raises(ConfigError, match=r"^checkpoint=complete cannot be used: .*/complete/manifest.json is missing: use another$"):
+        load_whole(folder, {"matrix": tensors["matrix"]})
+    write_manifest(folder)
+    with pytest.raises(ConfigError, match=r"^checkpoint=complete cannot be used: .*/complete has no model.matrix: use another$"):
+        load_whole(folder, {"matrix": tensors["matrix"]})
 
 
 def test_the_documented_reader_reads_it(written: tuple[Path, list[dict[str, Any]]]) -> None:

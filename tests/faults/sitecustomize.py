@@ -7,11 +7,13 @@ The stand-in sums a vector over the ranks until told otherwise by FAULT=WHAT:RAN
 its failures are: they happen in mid-run, while the other ranks wait in a collective.
 """
 
+import logging
 import os
 import signal
 import sys
 import time
 import types
+import warnings
 
 _FAIL_AT = 5
 
@@ -28,6 +30,9 @@ def _fail(what, wish):
     if what == "freeze":
         print(f"frozen: process {os.getpid()}", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
+    if what == "warn":
+        logging.getLogger("somebody").warning("planted log line")
+        warnings.warn("planted warning", stacklevel=1)
     if what == "listen":
         wish.listen()
     if what == "deaf":

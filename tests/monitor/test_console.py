@@ -95,11 +95,36 @@ def test_an_evaluation_names_its_sets(config):
 def test_text_from_outside_is_shown_as_it_is(config, width, options):
     console, file = make(config, width=width, **options)
     show_all(console)
-    shown = file.getvalue()
+    shown = " ".join(file.getvalue().split())  # a narrow terminal gets shorter lines
     assert shown.count(HOSTILE) == 2
     assert shown.count(FACTS["run_dir"]) == 2
     assert "\\x1b[2J\\x07 \\ud800" in shown
     assert "\x1b[2J" not in shown
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_a_narrow_terminal_breaks_no_word(config, interactive):
+    """What goes on below stands under its beginning; in a file each line is whole."""
+    path = "/a/path/that/is/longer/than/any/terminal/is/wide/and/has/to/be/copied"
+    console, file = make(config, width=60, force_terminal=interactive, force_interactive=interactive)
+    console._closed = True  # no live line
+    long = "many words " * 12
+    console.banner({**FACTS, "data": f"{long.strip()}, {path}", "run_dir": path})
+    console.evaluation({"step": 60, "val_loss": 2.0, "val_perplexity": 7.389, "val_loss/first": 1.0, "val_loss/second": 3.0})
+    console.sample(f"it {long}")
+    console.summary(step=60, reads=f"{long}{path}")
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).splitlines()
+    wide = [line.strip() for line in lines if len(line) > 60]
+    if not interactive:
+        assert f"data        {long.strip()}, {path}" in lines
+        assert len(wide) == 6, "model, data, run folder, evaluation, sample, what was read"
+        return
+    assert [line.removeprefix("run folder").strip() for line in wide] == [path] * 3
+    assert "model       gpt_tiny: 4 layers, 128 wide, 8 heads," in lines
+    assert "            vocabulary 257" in lines
+    assert " " * 16 + "second 3.0000" in lines
+    assert all(line[12:].startswith("many") or not line.startswith(" " * 12 + "many") for line in lines)
+    assert lines[lines.index("The model writes:") + 2].startswith("  many")
 
 
 def test_a_narrow_encoding_is_no_reason_to_die(config):

@@ -24,6 +24,7 @@ KNOWN = {
     "data_wait_fraction": 0.004,
     "peak_memory_bytes": 123,
     "skipped_steps": 2,
+    "time": 1_700_000_000.5,
 }
 
 
@@ -31,7 +32,7 @@ def test_a_training_record_has_the_contract_s_keys_in_order():
     record = train_record(**KNOWN)
     assert list(record) == [
         "step", "tokens", "loss", "grad_norm", "lr", "step_time", "tokens_per_second", "mfu", "bubble_fraction", "data_wait_fraction",
-        "peak_memory_bytes", "skipped_steps",
+        "peak_memory_bytes", "skipped_steps", "time",
     ]  # fmt: skip
     assert record["data_wait_fraction"] == 0.004
     assert (record["bubble_fraction"], record["peak_memory_bytes"]) == (0.25, 123)

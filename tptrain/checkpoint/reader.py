@@ -25,7 +25,7 @@ from torch.futures import Future
 
 from tptrain.checkpoint.direct import BLOCK, Buffer, DirectFile, round_up
 from tptrain.checkpoint.index import CHECKSUM_DIGITS, StoredTensor, read_index
-from tptrain.checkpoint.manifest import DamagedCheckpoint, file_size, unreadable
+from tptrain.checkpoint.manifest import DamagedCheckpoint, check_manifest, file_size, unreadable
 from tptrain.checkpoint.tiles import Tile, overlap, slices
 
 BATCH_BYTES = 4 << 20
@@ -59,8 +59,9 @@ class _Read(NamedTuple):
 class TileReader(StorageReader):
     """One rank's side of a load."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, complete: bool) -> None:
+        """complete: compare the folder with its manifest first."""
+        self._folder, self._complete = folder, complete
         self._tensors: dict[str, StoredTensor] = {}
         self._damage: DamagedCheckpoint | None = None
 
@@ -70,13 +71,15 @@ class TileReader(StorageReader):
     def read_metadata(self, *_args: Any, **_options: Any) -> Metadata:
         """What tensors there are. Damage is raised in the next step: torch takes an error here for another kind of checkpoint."""
         try:
+            if self._complete:
+                check_manifest(self._folder)
             self._tensors = read_index(self._folder)
         except DamagedCheckpoint as damage:
             self._damage = damage
         return Metadata({key: _described(tensor) for key, tensor in self._tensors.items()})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_args: Any, **_options: Any) -> None:
-        """Raises DamagedCheckpoint where `tensors.json` is wrong."""
+        """Raises DamagedCheckpoint where the manifest or `tensors.json` is wrong, or the files are not those."""
         if self._damage is not None:
             raise self._damage
 

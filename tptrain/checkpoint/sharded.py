@@ -25,6 +25,7 @@ from tptrain.checkpoint.folder import read_state
 from tptrain.checkpoint.manifest import DamagedCheckpoint
 from tptrain.checkpoint.reader import FittingPlanner, TileReader, UnfitCheckpoint
 from tptrain.checkpoint.writer import TileWriter
+from tptrain.config import refuse
 
 
 def load(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, group: dist.ProcessGroup) -> None:
@@ -37,15 +38,23 @@ def load(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.
 
 
 def load_model(folder: Path, stage: nn.Module, world: dist.ProcessGroup) -> dict[str, Any]:
-    """Fill a stage alone, in its parameters' dtype, from a checkpoint of any layout. All ranks call this. Returns the saved state."""
+    """Fill a stage alone, in its parameters' dtype, from a complete checkpoint of any layout. All ranks call this. Returns the saved state.
+
+    Raises ConfigError on all ranks where the checkpoint is damaged or of another model.
+    """
     tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in stage.named_parameters()}
-    read_tensors(folder, tensors, world)
-    return read_state(folder)
+    with _refusing(folder):
+        read_tensors(folder, tensors, world, complete=True)
+        return read_state(folder)
 
 
 def load_whole(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill whole plain tensors, by their names in the whole model, from a checkpoint of any layout. One process alone calls this."""
-    read_tensors(folder, {f"model.{name}": tensor for name, tensor in tensors.items()}, None)
+    """Fill whole plain tensors, by their names in the whole model, from a complete checkpoint of any layout. One process alone calls this.
+
+    Raises ConfigError where the checkpoint is damaged or of another model.
+    """
+    with _refusing(folder):
+        read_tensors(folder, {f"model.{name}": tensor for name, tensor in tensors.items()}, None, complete=True)
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
@@ -59,14 +68,14 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proce
         dcp.save(dict(tensors), storage_writer=TileWriter(folder), planner=planner, process_group=group)
 
 
-def read_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
+def read_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None, complete: bool = False) -> None:
     """Fill tensors, DTensors or plain ones, of any dtype, from a checkpoint of any layout.
 
-    All ranks of `group` call this, each with its own tensors; without a group it concerns this process alone. Raises on all ranks what the
-    first one that fails meets: DamagedCheckpoint, or UnfitCheckpoint where a tensor is not there or has another shape. Some tensors may
-    have been filled by then.
+    All ranks of `group` call this, each with its own tensors; without a group it concerns this process alone. complete: compare the folder
+    with its manifest first. Raises on all ranks what the first one that fails meets: DamagedCheckpoint, or UnfitCheckpoint where a tensor
+    is not there or has another shape. Some tensors may have been filled by then.
     """
-    reader, planner = TileReader(folder), FittingPlanner(folder)
+    reader, planner = TileReader(folder, complete), FittingPlanner(folder)
     with _plain_errors(f"reading {folder}"):
         if group is not None:
             dcp.load(dict(tensors), storage_reader=reader, planner=planner, process_group=group)
@@ -109,3 +118,12 @@ def _plain_errors(what: str) -> Iterator[None]:
         if isinstance(cause, (OSError, DamagedCheckpoint, UnfitCheckpoint)):
             raise cause from None
         raise RuntimeError(f"{what} failed on rank {rank}: {type(cause).__name__}: {cause}") from cause
+
+
+@contextlib.contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    """Refuse a checkpoint that somebody chose and that cannot be used."""
+    try:
+        yield
+    except (DamagedCheckpoint, UnfitCheckpoint) as error:
+        raise refuse("checkpoint", folder.name, f"cannot be used: {error}", "use another") from None

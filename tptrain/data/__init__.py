@@ -12,13 +12,13 @@
     sampler      `Sampler`: which window of a store is sample number g
     mixture      `Mixture`: which source's which sample is sample number g
     stream       `StreamRows`: samples straight from a stream, dealt out to lanes (`dealer`, `lane`)
-    dataset      `open_data`: the samples that a run trains and evaluates on
+    dataset      `open_data`: the samples that a run trains and evaluates on; `open_validation`: the latter alone
     prefetch     `Prefetch`: reads them in the background
 
 Nothing here imports torch: a bad `data.path` is refused before anything slow begins.
 """
 
-from tptrain.data.dataset import Data, open_data
+from tptrain.data.dataset import Data, Validation, open_data, open_validation
 from tptrain.data.mixture import Mixture
 from tptrain.data.prefetch import Prefetch
 from tptrain.data.prepare import prepare
@@ -29,6 +29,6 @@ from tptrain.data.store import Split, StoreError, TokenStore
 from tptrain.data.tokenizers import ByteTokenizer, load_tokenizer
 
 __all__ = [
-    "ByteTokenizer", "Data", "Mixture", "Prefetch", "Rows", "Sampler", "Split", "StoreError", "TokenStore",
-    "keep_tokenizer", "load_tokenizer", "open_data", "permute", "prepare",
+    "ByteTokenizer", "Data", "Mixture", "Prefetch", "Rows", "Sampler", "Split", "StoreError", "TokenStore", "Validation",
+    "keep_tokenizer", "load_tokenizer", "open_data", "open_validation", "permute", "prepare",
 ]  # fmt: skip

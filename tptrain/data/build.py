@@ -37,7 +37,7 @@ from tptrain.data.splits import hold_out
 from tptrain.data.tokenise import tokenise
 from tptrain.data.tokenizers import Tokenizer
 from tptrain.data_config import DataConfig, SourceConfig
-from tptrain.files import sync_folder
+from tptrain.files import near, sync_folder
 
 Report = Callable[[str], None]
 
@@ -90,7 +90,7 @@ class _Builder:
         self.found = find(self.folder, self.fingerprint)
         if self.found is None or self.found.damages:
             return False
-        self.report(f"{self.part.source}: {short(self.found.meta.tokens)} tokens in {self.folder}")
+        self.report(f"{self.part.source}: {short(self.found.meta.tokens)} tokens in {near(self.folder)}")
         return True
 
     def make(self) -> None:
@@ -142,7 +142,7 @@ class _Builder:
         write_meta(self.made, meta)
         self._install()
         seconds = time.perf_counter() - started
-        self.report(f"{short(meta.tokens)} tokens in {seconds:.1f} s -> {self.folder}")
+        self.report(f"{short(meta.tokens)} tokens in {seconds:.1f} s -> {near(self.folder)}")
 
     def _tokenise(self, work: Work, planned: Plan, space: Space) -> Meta:
         with BuildProgress(self.part.source, planned.total_bytes) as progress:

@@ -90,6 +90,28 @@ def open_data(config: Config, folder: Path) -> Data:
     return Data(_training(config, train), validation, weights, counts, next(iter(ends), None), f"{read}, {held_out}" if held_out else read)
 
 
+@dataclass(frozen=True)
+class Validation:
+    """All that an evaluation reads."""
+
+    rows: Mapping[str, Rows]
+    """By the key of their loss."""
+    weights: Mapping[str, float]
+    """Of which of those losses `val_loss` is the mean, by weights that sum to 1."""
+    end_of_document: int | None
+    """The id that ends each document; None where the ids stand for no text."""
+
+
+def open_validation(config: Config, folder: Path) -> Validation:
+    """The validation sets alone, of stores that `prepare` has found or built. Raises StoreError where one is gone or damaged."""
+    stores = find_stores(folder, config.data.source)
+    train = {name: TokenStore.open(path) for name, path in stores.train.items()}
+    rows, weights, _ = _validation(config, stores, train)
+    paths = [*stores.train.values(), *stores.val_sets.values(), *([] if stores.val_split is None else [stores.val_split])]
+    ends = {TokenStore.open(path).end_of_document for path in paths} - {None}
+    return Validation(rows, weights, next(iter(ends), None))
+
+
 def _open_stream(config: Config, stores: Stores, folder: Path) -> Data:
     data = config.data
     source, tokenizer = open_source(data), load_tokenizer(data, folder)

@@ -43,32 +43,35 @@ class _Part:
         return _Part(name, keys, config, None if config.source == "memorize" else open_source(config, keys, split))
 
 
-def prepare(config: Config, report: Callable[[str], None] = print) -> Path:
+def prepare(config: Config, report: Callable[[str], None] = print, tokenizer: Tokenizer | None = None, training: bool = True) -> Path:
     """Check what `config.data` asks for, find or build its token stores, and return the absolute folder that `open_data` takes.
 
-    report: called with a line at a time on what is done.
+    report: called with a line at a time on what is done. tokenizer: one that is there already, in place of the one that the config names.
+    training: False where only the validation sets are wanted; the folder is then for `open_validation`.
     Raises ConfigError for data that is missing, unreadable, not UTF-8 text, too short for one sequence or beyond the
     model's vocabulary, and for a data.store_dir that cannot hold a store.
     """
     data = config.data
     train, val_split, val_sets = _open_parts(config)
-    if data.streaming:
+    if data.streaming and training:
         _check_stream(config, train[0], [*val_split, *val_sets])
         report(f"streaming {train[0].source.label if train[0].source else ''}: read while training, with no token store")
     _check_shares(data)
     _check_ids(config, [*train, *val_split, *val_sets])
-    tokenizer = obtain_tokenizer(data, [part.source for part in train if part.source is not None], report)
+    if tokenizer is None:
+        tokenizer = obtain_tokenizer(data, [part.source for part in train if part.source is not None], report)
     _check_vocabulary(config, tokenizer)
+    in_stores = not data.streaming and (training or is_held_out(data))
 
     def build(part: _Part, val_fraction: float) -> Path:
         return build_store(part.config, part.source, None if part.source is None else tokenizer, data, val_fraction, report)
 
     stores = Stores(
-        {} if data.streaming else {part.name: build(part, data.val_fraction if is_held_out(data) else 0.0) for part in train},
+        {part.name: build(part, data.val_fraction if is_held_out(data) else 0.0) for part in (train if in_stores else ())},
         next((build(part, 0.0) for part in val_split), None),
         {part.name: build(part, 0.0) for part in val_sets},
     )
-    _check_lengths(config, stores)
+    _check_lengths(config, stores, training)
     return stores.only or _keep(stores, data, tokenizer)
 
 
@@ -145,29 +148,30 @@ def _check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
                      f"use model.vocab_size={tokenizer.vocab_size} or more")  # fmt: skip
 
 
-def _check_lengths(config: Config, stores: Stores) -> None:
-    """Whether each split that is read has one sequence; with eval_steps=0 no validation split is."""
-    data = config.data
+def _check_lengths(config: Config, stores: Stores, training: bool) -> None:
+    """Whether each split that is read has one sequence; with eval_steps=0 no validation split is, and without training no other."""
+    data, last = config.data, "more text, or train.eval_steps=0" if training else "or more text"
     for name, path in stores.train.items():
         store = TokenStore.open(path)
         of_source = f" of {name}" if data.source == "mixture" else ""
-        _check_length(data, store.train, "data.seq_len", data.seq_len, f"is too long for the train split{of_source}", "")
+        if training:
+            _check_length(data, store.train, "data.seq_len", data.seq_len, f"is too long for the train split{of_source}", "", last)
         if config.train.eval_steps != 0 and (is_held_out(data) or not (stores.val_split or stores.val_sets)):
             rule = f"leaves the val split{of_source}"
-            _check_length(data, store.val, "data.val_fraction", data.val_fraction, rule, "a larger data.val_fraction, ")
+            _check_length(data, store.val, "data.val_fraction", data.val_fraction, rule, "a larger data.val_fraction, ", last)
     if stores.val_split is not None:
         split = TokenStore.open(stores.val_split).train
         if data.val_split is None:
-            _check_length(data, split, "data.val_documents", data.val_documents, "have", "a larger data.val_documents, ")
+            _check_length(data, split, "data.val_documents", data.val_documents, "have", "a larger data.val_documents, ", last)
         else:
-            _check_length(data, split, "data.val_split", data.val_split, "has", "another split, ")
+            _check_length(data, split, "data.val_split", data.val_split, "has", "another split, ", last)
     for name, path in stores.val_sets.items():
         key, split = f"data.val_sets.{name}", TokenStore.open(path).train
-        _check_length(data, split, key, data.val_sets[name].source, "has", "another source, ")
+        _check_length(data, split, key, data.val_sets[name].source, "has", "another source, ", last)
 
 
-def _check_length(data: DataConfig, split: Split, key: str, value: object, rule: str, remedy: str) -> None:
-    """Refuse a split shorter than one sequence. remedy: what else than a shorter sequence or more text would do."""
+def _check_length(data: DataConfig, split: Split, key: str, value: object, rule: str, remedy: str, last: str) -> None:
+    """Refuse a split shorter than one sequence. remedy, last: what else than a shorter sequence would do."""
     found, needed = split.num_tokens, data.seq_len + 1
     if found >= needed:
         return
@@ -175,4 +179,4 @@ def _check_length(data: DataConfig, split: Split, key: str, value: object, rule:
     shorter = f"data.seq_len={found - 1} or less, " if found > 1 else ""
     if key == "data.seq_len":
         raise refuse(key, value, f"{rule}: {sum_text} tokens, and it has {found}", f"use {shorter}{'or ' * bool(shorter)}more text")
-    raise refuse(key, value, f"{rule} {found} tokens, but {sum_text}", f"use {remedy}{shorter}more text, or train.eval_steps=0")
+    raise refuse(key, value, f"{rule} {found} tokens, but {sum_text}", f"use {remedy}{shorter}{last}")

@@ -144,6 +144,14 @@ class GPTStage(nn.Module):
         Returns activations [b, s, h]; on the last stage the summed loss in nats (fp32 scalar), or without targets
         this rank's logits [b, s, vocab/tp]. Under sequence parallelism activations are [b, s/tp, h].
         """
+        x = self.trunk(x, stream, documents)
+        if not self.is_last:
+            return x
+        x = self.final_norm(x)
+        return self.logits(x) if targets is None else self.loss(x, targets, label_smoothing)
+
+    def trunk(self, x: Tensor, stream: Stream | None = None, documents: RowDocuments | None = None) -> Tensor:
+        """All but the final norm and the head: activations [b, s, h]. The arguments are those of `forward`."""
         if self.is_first:
             x = self.embed(x, stream, documents)
         turn, apart = self.rotation(x, documents), None
@@ -151,10 +159,7 @@ class GPTStage(nn.Module):
             apart = documents.apart(x.dtype, self.model.head_size, as_mask=self.model.dropout > 0 and stream is not None)
         for name, block in self.layers.items():
             x = block(x, turn, stream.at(f"layers.{name}") if stream else None, apart)
-        if not self.is_last:
-            return x
-        x = self.final_norm(x)
-        return self.logits(x) if targets is None else self.loss(x, targets, label_smoothing)
+        return x
 
     def embed(self, tokens: Tensor, stream: Stream | None = None, documents: RowDocuments | None = None) -> Tensor:
         """tokens: [b, s] -> activations [b, s, h], or [b, s/tp, h] under sequence parallelism."""
@@ -178,15 +183,19 @@ class GPTStage(nn.Module):
 
     def loss(self, x: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         """The sum of the tokens' losses in nats, an fp32 scalar equal on all tp ranks. x: as in `logits`."""
+        return self.token_losses(x, targets, label_smoothing).sum()
+
+    def token_losses(self, x: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Each token's loss in nats, fp32 [b * s], equal on all tp ranks; 0 where there is no target. x: as in `logits`."""
         vocabulary = Vocabulary(self.vocab_start, self.model.vocab_size, self.group)
         chunk = self.execution.loss_chunk_tokens
         if chunk is None:
             goes_back = torch.is_grad_enabled() and x.device.type == "cpu"  # a GPU's allocator keeps memory itself
             logits = self.logits(x, self.scratch if goes_back else None).flatten(0, 1)
-            return vocab_parallel_cross_entropy(logits, targets.flatten(), vocabulary, label_smoothing, overwrite=True).sum()
+            return vocab_parallel_cross_entropy(logits, targets.flatten(), vocabulary, label_smoothing, overwrite=True)
         x = gather_from_sequence(x, self.group, True) if self.execution.sequence_parallel else copy_to_group(x, self.group)
         head = head_of(self.head or self.embedding)
-        return chunked_cross_entropy(x.flatten(0, 1), head, targets.flatten(), vocabulary, label_smoothing, chunk).sum()
+        return chunked_cross_entropy(x.flatten(0, 1), head, targets.flatten(), vocabulary, label_smoothing, chunk)
 
     @property
     def vocab_start(self) -> int:

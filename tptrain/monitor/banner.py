@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tptrain.config import Config
+from tptrain.files import near
 from tptrain.monitor.text import compact
 
 LABEL_WIDTH = 12
@@ -52,7 +53,7 @@ def banner_rows(config: Config, total_steps: int, first_step: int, facts: dict[s
         ("data", str(facts.get("data", config.data.source))),
     ]
     rows += [(key.replace("_", " "), str(value)) for key, value in facts.items() if key not in _KNOWN_FACTS]
-    rows += [("run folder", str(facts["run_dir"]))] if "run_dir" in facts else []
+    rows += [("run folder", near(facts["run_dir"]))] if "run_dir" in facts else []
     return [row for row in rows if row[1]]
 
 

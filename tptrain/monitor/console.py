@@ -22,10 +22,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from tptrain.config import Config
+from tptrain.files import near
 from tptrain.monitor.banner import LABEL_WIDTH, banner_rows
 from tptrain.monitor.log import prepare_logger
 from tptrain.monitor.metrics import Record
-from tptrain.monitor.text import compact, duration, fixed, harmless
+from tptrain.monitor.text import compact, duration, fitted, fixed, harmless
 
 _SET = "val_loss/"
 """Before the name of a validation set, in a record."""
@@ -75,7 +76,8 @@ class Console:
         """Show an evaluation record."""
         loss, perplexity = fixed(record.get("val_loss"), 6), fixed(record.get("val_perplexity"), 6).strip()
         sets = "".join(f"  {key.removeprefix(_SET)} {fixed(record[key], 6).strip()}" for key in record if key.startswith(_SET))
-        self._line(f"{self._place('eval', record['step'])}  loss {loss}  perplexity {perplexity}{sets}", style="cyan")
+        place = self._place("eval", record["step"])
+        self._line(f"{place}  loss {loss}  perplexity {perplexity}{sets}", style="cyan", indent=len(place) + 2)
 
     def say(self, text: str) -> None:
         """Show a text, above the live line."""
@@ -86,7 +88,7 @@ class Console:
         self._line("")
         self._line(heading, style="bold")
         for line in harmless(text).split("\n"):
-            self._line(f"  {line}")
+            self._line(f"  {line}", indent=2)
         self._line("")
 
     def summary(
@@ -114,7 +116,7 @@ class Console:
         if reads:
             self._row("has read", reads)
         if run_dir is not None:
-            self._row("run folder", str(run_dir))
+            self._row("run folder", near(run_dir))
 
     def close(self) -> None:
         """Give the terminal back; a second call does nothing. Lines can still be shown."""
@@ -151,11 +153,15 @@ class Console:
         return f"{word} {step:>{max(5, len(str(self.total_steps)))}}/{self.total_steps}"
 
     def _row(self, label: str, value: str) -> None:
-        self._line(f"{label:<{LABEL_WIDTH}}{value}", bold=len(label))
+        self._line(f"{label:<{LABEL_WIDTH}}{value}", bold=len(label), indent=LABEL_WIDTH)
 
-    def _line(self, line: str, style: str = "", bold: int = 0) -> None:
-        """Print and log a line; its first `bold` characters stand out. Text objects know no markup."""
-        text = Text(harmless(line, self._terminal.encoding), style=style)
+    def _line(self, line: str, style: str = "", bold: int = 0, indent: int = 0) -> None:
+        """Print and log a line; its first `bold` characters stand out. Text objects know no markup.
+
+        indent: where a reader's terminal is too narrow, what goes on below begins in this column.
+        """
+        shown = harmless(line, self._terminal.encoding)
+        text = Text(fitted(shown, self._terminal.width, indent) if self._terminal.is_interactive else shown, style=style)
         if bold:
             text.stylize("bold", 0, bold)
         self._terminal.print(text, soft_wrap=True, highlight=False)

@@ -12,14 +12,20 @@ LOGGER = logging.getLogger("tptrain")
 """Lines at INFO go to the rank's file only; WARNING and above also to stderr, once `prepare_logger` has run."""
 
 
-class _StderrWarnings(logging.Handler):
+class StderrHandler(logging.Handler):
     """Writes to the stderr of the moment, which a live display puts its own stand-in for."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
         try:
-            print(f"{record.levelname.lower()}: {self.format(record)}", file=sys.stderr, flush=True)
+            print(self.format(record), file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
+
+
+class _Warnings(StderrHandler):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {super().format(record)}"
 
 
 def prepare_logger() -> logging.Logger:
@@ -27,6 +33,6 @@ def prepare_logger() -> logging.Logger:
     if LOGGER.level == logging.NOTSET:
         LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False
-    if not any(isinstance(handler, _StderrWarnings) for handler in LOGGER.handlers):
-        LOGGER.addHandler(_StderrWarnings(logging.WARNING))
+    if not any(isinstance(handler, _Warnings) for handler in LOGGER.handlers):
+        LOGGER.addHandler(_Warnings(logging.WARNING))
     return LOGGER

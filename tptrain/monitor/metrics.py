@@ -30,7 +30,10 @@ class MetricsFile:
     def __init__(self, run_dir: Path, resume_step: int, evaluation_due: bool = False) -> None:
         self.path = Path(run_dir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        known = self.path.exists()
         _cut_back(self.path, resume_step, evaluation_due)
+        self.earlier = read_metrics(run_dir) if known else None
+        """The records that stay, or None where there was no file."""
         self._file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (open as long as the run)
 
     def write(self, record: Record) -> None:
@@ -69,6 +72,7 @@ def train_record(
     data_wait_fraction: float | None,
     peak_memory_bytes: int | None,
     skipped_steps: int,
+    time: float | None,
 ) -> Record:
     """The record of a logged training step.
 
@@ -76,7 +80,7 @@ def train_record(
     record. tokens_per_step: of the global batch, so that tokens_per_second counts the whole job.
     peak_flops_per_second: of one device. bubble_fraction: of the logged step itself, as measured. data_wait_fraction: of the step time,
     waited for what is to be read, over the same steps; like peak_memory_bytes the largest over ranks.
-    skipped_steps: since the first step of training, those that were left out.
+    skipped_steps: since the first step of training, those that were left out. time: of this record, in seconds since the epoch.
     """
     tokens_per_second = tokens_per_step / step_time if step_time else None
     return {
@@ -92,6 +96,7 @@ def train_record(
         "data_wait_fraction": data_wait_fraction,
         "peak_memory_bytes": peak_memory_bytes,
         "skipped_steps": skipped_steps,
+        "time": time,
     }
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 import unicodedata
+from textwrap import wrap
 
 
 def fixed(value: float | None, width: int) -> str:
@@ -67,3 +70,23 @@ def harmless(text: str, encoding: str = "utf-8") -> str:
         for char in text.replace("\r\n", "\n")
     )
     return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def fitted(line: str, width: int, indent: int) -> str:
+    """A line broken at blanks so that a terminal of this width does not break it; what goes on below begins in column `indent`.
+
+    A word that is wider stays whole, as a path does that is to be copied.
+
+    >>> print(fitted("data   10 tokens, 3 held out", 18, 7))
+    data   10 tokens,
+           3 held out
+    """
+    if len(line) <= width or width <= 2 * indent:
+        return line
+    parts = wrap(line[indent:], width - indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False, expand_tabs=False)
+    return line[:indent] + f"\n{' ' * indent}".join(parts)
+
+
+def tell(line: str) -> None:
+    """Print a line, fitted to the terminal if it goes to one."""
+    print(fitted(line, shutil.get_terminal_size().columns, 2) if sys.stdout.isatty() else line, flush=True)

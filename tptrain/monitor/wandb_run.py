@@ -1,122 +1,130 @@
-"""Weights & Biases: the run's records once more, for its web pages. Training never depends on it.
+"""Weights & Biases: the run's records once more, for its web pages. Training never waits for it and never depends on it.
 
-Whatever fails here becomes one warning, and the run goes on without W&B. The API key is W&B's own business
-(`wandb login`, WANDB_API_KEY): it is no part of the config and reaches none of our files.
+    training ── log ──> queue ── a thread ──> wandb (its own process) ──> RUN/wandb/offline-run-*/   always, in every mode
+                                                                              └── upload.py ──> the server   wandb.mode=online
+
+Whatever fails becomes one warning, and the run goes on. The API key is W&B's own business (`wandb login`, WANDB_API_KEY): it is no
+part of the config and reaches none of our files.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import queue
 import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tptrain.config import Config
-from tptrain.files import write_atomically
 from tptrain.monitor.log import prepare_logger
-from tptrain.monitor.metrics import Record, plain
+from tptrain.monitor.metrics import Record, read_metrics
+from tptrain.monitor.wandb_id import adopt_id
+from tptrain.monitor.wandb_recorder import Recorder
 
-_ID_FILE = "wandb_id"
+_STOPPED_SECONDS = 3.0
+"""How long a run that was asked to stop waits for its upload: what goes on in the same run folder uploads all of it."""
+_CLOSE_SECONDS = 60.0
+"""How long wandb may take to write the end of the run to disk."""
+_RESTARTS = 3
+"""Times that the recording begins anew after wandb's process has died."""
 
 
 class WandbRun:
-    """A started W&B run, or, made with None, one that does nothing."""
+    """A W&B run that a thread records, or, without a recorder, one that does nothing."""
 
-    def __init__(self, run: Any = None) -> None:
-        self._run = run
+    def __init__(self, recorder: Recorder | None = None, earlier: Sequence[Record] = (), upload_seconds: float = 0.0) -> None:
+        """earlier: the records that the run begins with. upload_seconds: how long the end waits for the upload."""
+        self._recorder, self._upload_seconds = recorder, upload_seconds
+        self._queue: queue.SimpleQueue[Record | str] = queue.SimpleQueue()  # a text is the state in which the run ends
+        self._restarts = 0
+        self._thread = threading.Thread(target=self._work, args=(earlier,), name="wandb", daemon=True)
+        if recorder is not None:
+            self._thread.start()
 
     @property
     def active(self) -> bool:
         """Whether records are still passed on."""
-        return self._run is not None
+        return self._recorder is not None
 
     def log(self, record: Record) -> None:
-        """Pass on one record of `metrics.jsonl`. Unknown numbers are left out.
+        """Pass on a record that stands in `metrics.jsonl`; returns at once."""
+        if self._recorder is not None:
+            self._queue.put(dict(record))
 
-        The record's step is W&B's own step, so that records of one step make one row, and a step that a resumed
-        run logs again is not kept twice.
+    def finish(self, state: str = "done") -> None:
+        """Write out what is left. state: of `status.STATES`; other than done, W&B shows the run as failed or preempted.
+
+        Waits for an upload while the server answers, up to upload_seconds. A second call does nothing.
         """
-        if self._run is None:
+        if self._recorder is None:
             return
+        self._queue.put(state)
+        self._thread.join(_CLOSE_SECONDS + self._upload_seconds)
+        if self._thread.is_alive():
+            _warn("W&B did not finish; what it lacks is in metrics.jsonl")
+        self._recorder = None
+
+    # ---- in the thread ---------------------------------------------------------------------------------------
+
+    def _work(self, earlier: Sequence[Record]) -> None:
+        recorder = self._recorder
+        assert recorder is not None
         try:
-            known = {key: number for key, value in record.items() if (number := plain(value)) is not None}
-            self._run.log(known, step=known.get("step"))
+            recorder.begin(earlier)
+            while isinstance(item := self._queue.get(), dict):
+                self._do(recorder, recorder.log, item)
+            limit = self._upload_seconds if item == "done" else min(_STOPPED_SECONDS, self._upload_seconds)
+            self._do(recorder, recorder.finish, item, limit)
         except Exception as error:
-            self._run = None
-            _warn("stops recording", error)
+            self._recorder = None
+            _warn(f"W&B records nothing: {_line(error)}; metrics.jsonl has all numbers")
+        finally:
+            recorder.close()
 
-    def finish(self, exit_code: int = 0) -> None:
-        """Write out what is left, and mark the run as failed where exit_code is not 0. A second call does nothing."""
-        run, self._run = self._run, None
-        if run is None:
-            return
+    def _do(self, recorder: Recorder, what: Callable[..., None], *args: Any) -> None:
+        """Do it; where wandb's process has died, as when a scheduler signals every process of the job, first record anew what
+        `metrics.jsonl` has. A record that is logged twice counts once.
+        """
         try:
-            run.finish(exit_code=exit_code)
-        except Exception as error:
-            _warn("did not finish", error)
+            what(*args)
+        except Exception:
+            self._restarts += 1
+            if self._restarts > _RESTARTS:
+                raise
+            recorder.close()
+            recorder.begin(read_metrics(recorder.run_dir))
+            what(*args)
 
 
-def start_wandb(config: Config, run_dir: Path, facts: dict[str, Any]) -> WandbRun:
-    """Start the W&B run of this run folder, on the one process that logs.
+def start_wandb(
+    config: Config,
+    run_dir: Path,
+    facts: Mapping[str, Any],
+    *,
+    earlier: Sequence[Record] | None = (),
+    say: Callable[[str], None] = lambda text: None,
+) -> WandbRun:
+    """Start the W&B run of this run folder, on the one process that logs; returns at once. Never prompts.
 
-    facts: what the config does not say (parameters, versions); kept in W&B's config under `facts`.
-    The run's id is made once, kept in `run_dir/wandb_id`, and used again when the run resumes. Never prompts.
+    facts: what the config does not say (parameters, data); kept in W&B's config under `facts`, with the versions and the commit.
+    earlier: the records of metrics.jsonl that the run goes on from, all of which are recorded again,
+    so that one folder has the whole run and replaces earlier ones; None where they are not known, and those stay. say: shows a line.
     """
     if config.wandb.mode == "disabled":
         return WandbRun()
-    try:
-        import wandb
-
-        run_dir = Path(run_dir).absolute()
-        settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=30)
-        # Silent before a login is tried: that is what keeps W&B from asking for a key on a terminal.
-        wandb.setup(settings=settings)
-        run = wandb.init(
-            dir=str(run_dir),
-            id=_id_of(run_dir),
-            resume="allow",
-            mode=config.wandb.mode,  # type: ignore[arg-type]
-            project=config.wandb.project,
-            name=config.wandb.name or run_name(config),
-            group=config.wandb.group,
-            tags=list(config.wandb.tags),
-            config={**dataclasses.asdict(config), "facts": json.loads(json.dumps(facts, default=str))},
-            settings=settings,
-        )
-        run.define_metric("*", step_metric="step")
-    except Exception as error:
-        _warn("did not start", error)
-        return WandbRun()
-    return WandbRun(run)
+    run_dir = Path(run_dir).absolute()
+    adopt_id(run_dir, secrets.token_hex(4))  # here and now: a checkpoint may ask for it before wandb has started
+    known = json.loads(json.dumps(dict(facts), default=str))
+    recorder = Recorder(config, run_dir, known, replaces=earlier is not None, say=say, warn=_warn)
+    return WandbRun(recorder, earlier or (), config.wandb.upload_seconds)
 
 
-def run_name(config: Config) -> str:
-    """The model and the parts of the layout larger than 1: `gpt_tiny-tp2_pp2`, `gpt_tiny-single`."""
-    sizes = {"tp": config.parallel.tp, "pp": config.parallel.pp, "dp": int(config.parallel.dp)}
-    layout = "_".join(f"{part}{size}" for part, size in sizes.items() if size > 1)
-    return f"{config.model.name}-{layout or 'single'}"
+def _warn(text: str) -> None:
+    prepare_logger().warning("%s", text)
 
 
-def kept_id(run_dir: Path) -> str | None:
-    """The id of the W&B run of a run folder, or None where there was none yet."""
-    path = run_dir / _ID_FILE
-    return (path.read_text().strip() if path.exists() else "") or None
-
-
-def adopt_id(run_dir: Path, wandb_id: str | None) -> None:
-    """Let a run folder that has no W&B run yet go on in the one whose id a checkpoint brought, if it did."""
-    if wandb_id and kept_id(run_dir) is None:
-        write_atomically(run_dir / _ID_FILE, f"{wandb_id}\n".encode())
-
-
-def _id_of(run_dir: Path) -> str:
-    made = secrets.token_hex(4)
-    adopt_id(run_dir, made)
-    return kept_id(run_dir) or made
-
-
-def _warn(what: str, error: Exception) -> None:
+def _line(error: Exception) -> str:
     """One line, whatever the error's text looks like."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    prepare_logger().warning("W&B %s, training goes on without it: %s", what, text)
+    return " ".join(str(error).split()) or type(error).__name__

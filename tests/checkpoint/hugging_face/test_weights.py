@@ -20,10 +20,10 @@ from tests.support import skewed_tokens, small_config
 from tptrain.config import Config
 from tptrain.export import export
 from tptrain.export_config import ExportConfig
-from tptrain.generate import load_stage
 from tptrain.generate_config import GenerateCheckpointConfig
 from tptrain.job import Job
 from tptrain.mesh import build_mesh
+from tptrain.trained_stage import load_stage
 
 LAYOUTS: list[dict[str, Any]] = [
     {"tp": 2, "pp": 2}, {"dp": 4}, {"tp": 4}, {"pp": 2, "dp": 2, "schedule": "interleaved"},
