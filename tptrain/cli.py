@@ -224,15 +224,16 @@ def _run(arguments: list[str]) -> int:
         overrides = _without_folder(overrides)
     sys.argv[1:] = [*flags, *overrides]
     if place is None and verb.run is train and _is_sweep(flags, overrides):
-        return _sweep(lambda: _call_hydra(verb, flags, overrides))
+        return _sweep(overrides, lambda: _call_hydra(verb, flags, overrides))
     return _call_hydra(verb, flags, overrides)
 
 
-def _sweep(start: Callable[[], int]) -> int:
+def _sweep(overrides: list[str], start: Callable[[], int]) -> int:
     """Have Hydra run the jobs of a sweep, and show how all went, also where a signal ends it. Returns the exit code."""
     from tptrain import launch
     from tptrain.sweep import plan
 
+    plan.refuse_shared_folder(overrides)
     plan.forget()
     try:
         with launch.signals_stop():

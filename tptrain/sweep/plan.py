@@ -6,6 +6,7 @@ Hydra keeps that of a job, `HydraConfig`; each job puts it back when it ends, an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,21 @@ class Remember(Callback):
     """`hydra.callbacks.sweep`: keeps a sweep's config for `started`."""
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
-        """Settle the sweep's folder, which has the time in its name, and keep the config. Raises ConfigError."""
+        """Settle the sweep's folder, which has the time in its name, and keep the config."""
         from hydra.core.hydra_config import HydraConfig
-        from omegaconf import OmegaConf, open_dict, read_write
+        from omegaconf import open_dict, read_write
 
-        subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[call-overload,index]
-        if "${" not in str(subdir):
-            raise refuse("hydra.sweep.subdir", subdir, "is the same folder for all jobs", "use hydra.sweep.subdir='${hydra.job.num}'")
         folder = str(config.hydra.sweep.dir)
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.sweep.dir = folder
         HydraConfig.instance().set_config(config)
+
+
+def refuse_shared_folder(overrides: Sequence[str]) -> None:
+    """Refuse one folder for all jobs, which would go on with each other's training. Raises ConfigError."""
+    for key, _, subdir in (override.partition("=") for override in overrides):
+        if key == "hydra.sweep.subdir" and "${" not in subdir:
+            raise refuse(key, subdir, "is the same folder for all jobs", "use hydra.sweep.subdir='${hydra.job.num}'")
 
 
 def forget() -> None:
