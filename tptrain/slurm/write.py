@@ -27,7 +27,7 @@ def write(config: SlurmConfig, run_dir: Path, flags: Sequence[str], overrides: S
     slurm and the run folder are left out. Raises ConfigError before anything is written, where that many processes cannot train it.
     """
     each = tasks_per_node(config)
-    resolved = resolve(config, config.slurm.nodes * each)
+    resolved = resolve(config, config.slurm.nodes * each, None, each)
     schedule_of(resolved)
     if config.slurm.submit and shutil.which("sbatch") is None:
         raise refuse("slurm.submit", True, "needs sbatch, which is not on this machine", "use slurm.submit=false, and submit elsewhere")
