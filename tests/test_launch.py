@@ -100,13 +100,15 @@ def test_torchrun_ranks_wait_for_the_data_longer_than_for_each_other(run_dir: Pa
     shutil.rmtree(store)
     with locked(store.with_name(f".{store.name}.lock"), lambda: None):
         process = start(
-            run_dir.parent, *TINY, "parallel=tp2", "train.max_steps=10", "launch.timeout_seconds=4", torchrun=2, PYTHONPATH=str(FAULTS)
-        )
-        time.sleep(15)
+            run_dir.parent, *TINY, "parallel=tp2", "train.max_steps=10", "launch.timeout_seconds=4", torchrun=2,
+            PYTHONPATH=str(FAULTS), PYTHONUNBUFFERED="1",
+        )  # fmt: skip
+        assert process.stdout is not None
+        assert any("waiting for another process" in line for line in process.stdout)
+        time.sleep(6)  # longer than the limit
         assert process.poll() is None
     outcome = finish(process)
     assert outcome.code == 0, outcome.err
-    assert "waiting for another process" in outcome.out
     assert "rank 0 of 2" in outcome.out
 
 

@@ -111,6 +111,7 @@ def test_the_script_asks_for_what_was_asked(tmp_path: Path) -> None:
     ("overrides", "said"),
     [
         (["parallel=tp8_pp4", "slurm.nodes=2", "slurm.gpus_per_node=8"], "parallel.dp=1 gives tp 8 x pp 4 x dp 1 = 32 processes, but 16"),
+        (["parallel=tp2", "slurm.nodes=2", "slurm.tasks_per_node=1"], "parallel.tp=2 does not divide the 1 process of a node"),
         (["parallel=tp2", "slurm.nodes=3"], "slurm.nodes=3 does not divide tp 2 x pp 1 x dp 1 = 2 processes"),
         (["parallel=tp2", "slurm.tasks_per_node=2", "slurm.time=soon"], "slurm.time=soon is no time that SLURM reads"),
         (["slurm.signal_seconds=0"], "slurm.signal_seconds=0 is below 1"),
@@ -254,7 +255,7 @@ def test_four_tasks_of_srun_measure_what_one_process_does(one_process: list[dict
 def test_a_signal_saves_and_the_job_goes_on_by_itself(one_process: list[dict], tmp_path: Path) -> None:
     """The script, SIGUSR1, the queue, the same folder and W&B run; and the job that takes the nodes away does the same."""
     signalled, preempted = tmp_path / "it's 100%j odd", tmp_path / "preempted"
-    layout = ("parallel=tp2", "slurm.nodes=2", "slurm.tasks_per_node=1")
+    layout = ("parallel=pp2", "slurm.nodes=2", "slurm.tasks_per_node=1")
     jobs = {
         signalled: _submit(signalled, *layout, "wandb=offline", SLOW="odd"),
         preempted: _submit(preempted, *layout, "slurm.partition=low", SLOW="preempted"),
@@ -280,9 +281,9 @@ def test_a_signal_saves_and_the_job_goes_on_by_itself(one_process: list[dict], t
 @pytest.mark.usefixtures("cluster")
 def test_a_failed_task_ends_the_job_with_its_cause(tmp_path: Path) -> None:
     """The first and another, by our script; and without srun's -K, by which our script has SLURM end the others."""
-    layout = ("parallel=tp2", "slurm.nodes=2", "slurm.tasks_per_node=1", "train.max_steps=1000", "launch.timeout_seconds=600")
+    layout = ("parallel=pp2", "slurm.nodes=2", "slurm.tasks_per_node=1", "train.max_steps=1000", "launch.timeout_seconds=600")
     jobs = {tmp_path / f"raise{task}": _submit(tmp_path / f"raise{task}", *layout, RAISE=f"{task} {task}") for task in (0, 1)}
-    outcome = _srun(tmp_path, 2, *TRAINING, "parallel=tp2", "hydra.run.dir=plain", "launch.timeout_seconds=600", RAISE="1 plain")
+    outcome = _srun(tmp_path, 2, *TRAINING, "parallel=pp2", "hydra.run.dir=plain", "launch.timeout_seconds=600", RAISE="1 plain")
     assert outcome.code == 1
     assert "rank 1 failed:\nTraceback" in outcome.err
     assert _status(tmp_path / "plain") == {**_status(tmp_path / "plain"), "state": "failed", "error": "rank 1: RuntimeError: planted"}
@@ -297,7 +298,7 @@ def test_a_failed_task_ends_the_job_with_its_cause(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("cluster")
 def test_a_cancelled_job_does_not_come_back(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    job = _submit(run_dir, "parallel=tp2", "slurm.nodes=2", "slurm.tasks_per_node=1", "train.max_steps=1000", SLOW="run")
+    job = _submit(run_dir, "parallel=pp2", "slurm.nodes=2", "slurm.tasks_per_node=1", "train.max_steps=1000", SLOW="run")
     wait_until(lambda: (_status(run_dir).get("step") or 0) >= 3, SECONDS)
     subprocess.run(["scancel", job], check=True)
     _wait_for_state(job, "CANCELLED")

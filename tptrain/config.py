@@ -338,7 +338,7 @@ def _resolve_started_layout(config: Config, started: int, started_here: int) -> 
         remedy = f"use parallel.dp={started // inner}" if started % inner == 0 else f"start {_processes(config.processes)}"
         raise refuse("parallel.dp", parallel.dp, f"gives {_product(parallel)}, but {started} were started", remedy)
     if started_here < started:
-        _check_nodes(parallel, started_here, f"start {parallel.tp} or a multiple on each; LOCAL_WORLD_SIZE says how many there are")
+        _check_nodes(parallel, started_here, f"start {parallel.tp} on each, or a multiple (LOCAL_WORLD_SIZE, slurm.tasks_per_node)")
 
 
 def _resolve_layout(parallel: ParallelConfig, launch: LaunchConfig, devices: int | None) -> None:
