@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import os
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -63,7 +64,12 @@ def train(cfg: DictConfig, run_dir: Path) -> float | None:
 
     if not _is_job():
         return launch.start(typed(cfg), run_dir, launch.given_place())
+    from tptrain.stop import Stopped
+    from tptrain.sweep.pool import is_stopping
     from tptrain.sweep.results import job_result
+
+    if is_stopping(_sweep_dir()):
+        raise Stopped("not started")
 
     value = launch.start(typed(cfg), run_dir, launch.given_place(), apart=True)
     return job_result(0, [], run_dir).val_loss if value is None else value  # it was done before
@@ -231,15 +237,31 @@ def _run(arguments: list[str]) -> int:
 def _sweep(overrides: list[str], start: Callable[[], int]) -> int:
     """Have Hydra run the jobs of a sweep, and show how all went, also where a signal ends it. Returns the exit code."""
     from tptrain import launch
-    from tptrain.sweep import plan
+    from tptrain.stop import Stopped
+    from tptrain.sweep import plan, pool
+
+    reasons: list[str] = []
+
+    def heard(number: signal.Signals) -> bool:
+        begun = plan.started()
+        if begun is None or not begun.in_workers:
+            return False
+        reasons.append(number.name)
+        pool.stop(begun, number)
+        return True
 
     plan.refuse_shared_folder(overrides)
     plan.forget()
     try:
-        with launch.signals_stop():
+        with launch.signals_stop(heard, lambda number: pool.end()):
             code = start()
-    except KeyboardInterrupt as stop:
-        stop.exit_code = launch.AGAIN  # type: ignore[attr-defined]
+        if reasons:
+            raise Stopped(f"stopped by {reasons[0]}")
+    except ConfigError:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            error.exit_code = launch.AGAIN  # type: ignore[attr-defined]
         _conclude(0)
         raise
     return _conclude(code)
@@ -253,8 +275,10 @@ def _conclude(code: int) -> int:
     begun = plan.started()
     if begun is None:
         return code
+    from tptrain.sweep import pool
     from tptrain.sweep.conclude import conclude
 
+    pool.forget(begun.folder)
     return conclude(begun, launch.AGAIN) or code
 
 
@@ -355,6 +379,13 @@ def _is_sweep(flags: list[str], overrides: list[str]) -> bool:
     chosen = [override.lstrip("+").partition("=") for override in overrides]
     preset = any(key == "sweep" and value not in ("", "null") for key, _, value in chosen)
     return preset or bool({"-m", "--multirun"} & set(flags)) or "hydra.mode=multirun" in [override.lower() for override in overrides]
+
+
+def _sweep_dir() -> Path:
+    """The folder of the sweep of which this run is a job."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().sweep.dir)
 
 
 def _is_job() -> bool:
@@ -477,10 +508,18 @@ def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
             raise JobFailed(f"{job}{error}") from error
         raise SystemExit(1) from error
     except Stopped as stop:
-        if sweeping and stop.out_of_time:  # the other jobs have their own time
+        # The other jobs have their own time; and an interrupt of a worker would have the others killed, which still save.
+        if sweeping and (stop.out_of_time or _in_worker()):
             _say(f"{job}{stop}")
             raise JobFailed(f"{job}{stop}") from stop
         raise
+
+
+def _in_worker() -> bool:
+    """Whether this process is one of several that a launcher has started for the jobs of a sweep."""
+    import multiprocessing
+
+    return multiprocessing.current_process().name != "MainProcess"
 
 
 def _keep_cause(run_dir: Path, error: str) -> None:

@@ -100,6 +100,23 @@ def test_a_signal_stops_the_job_starts_no_other_and_leaves_the_table(tmp_path: P
     assert processes_of(tmp_path) == []
 
 
+def test_two_jobs_at_a_time_do_not_mix_and_stop_together(tmp_path: Path):
+    """The stand-in fails where it meets ranks of another job: it adds up who is there."""
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep", "launch.threads_per_rank=1")
+    arguments = ("experiment=memorize", "wandb=disabled", "-m", *launcher, "parallel=tp2", "train.max_steps=5000,5001,3")
+    process = start(tmp_path, *arguments, PYTHONPATH=str(FAULTS))
+    folders = [tmp_path / "sweep" / str(number) for number in range(3)]
+    wait_until(lambda: all((_status(folder).get("step") or 0) >= 3 for folder in folders[:2]), seconds=400)
+    ranks = [set(_pids(folder)) for folder in folders[:2]]
+    assert [len(pids) for pids in ranks] == [2, 2]
+    assert not ranks[0] & ranks[1]
+    process.send_signal(signal.SIGTERM)
+    outcome = finish(process)
+    assert outcome.code == AGAIN
+    assert [row["status"] for row in _rows(tmp_path / "sweep")] == ["stopped", "stopped", "waiting"]
+    assert _pids(folders[0]) == _pids(folders[1]) == _pids(folders[2]) == []
+
+
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (cli.CONF / "sweep").glob("*.yaml")))
 def test_a_preset_makes_several_jobs_that_can_run(preset: str):
     params = safe_load((cli.CONF / "sweep" / f"{preset}.yaml").read_text())["hydra"]["sweeper"]["params"]

@@ -15,6 +15,9 @@ from hydra.experimental.callback import Callback
 
 from tptrain.config import refuse
 
+STOPPING = ".stopping"
+"""The file in a sweep's folder while no other job is to start."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -23,6 +26,8 @@ class Plan:
     folder: Path
     jobs: list[list[str]] | None
     """The overrides of each job by its number; None where a sweeper chooses them as it goes."""
+    in_workers: bool = False
+    """Whether jobs run in worker processes of this one, as under the joblib launcher."""
 
 
 class Remember(Callback):
@@ -37,6 +42,7 @@ class Remember(Callback):
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.sweep.dir = folder
         HydraConfig.instance().set_config(config)
+        (Path(folder) / STOPPING).unlink(missing_ok=True)
 
 
 def refuse_shared_folder(overrides: Sequence[str]) -> None:
@@ -60,7 +66,7 @@ def started() -> Plan | None:
     if HydraConfig.instance().cfg is None:
         return None
     settings = HydraConfig.get()
-    return Plan(Path(settings.sweep.dir), _jobs(settings))
+    return Plan(Path(settings.sweep.dir), _jobs(settings), "joblib" in settings.launcher._target_)
 
 
 def _jobs(settings: Any) -> list[list[str]] | None:
