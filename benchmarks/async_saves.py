@@ -2,10 +2,10 @@
 
 python -m benchmarks.async_saves [--rounds 5] [--layers 12] [--folder FOLDER] ...
 
-The state is that of a GPT with AdamW, 12 bytes a parameter; two ranks split it as tp=2. In turns, each save once with all of it in the loop
-and once in the background, followed by as many steps as the writing takes. `held` is what the call of the save takes. `in all` is by how much
-these steps and the call take longer than as many steps without a save: on a CPU the writing thread takes time from the training
-threads. The memory is what a rank's resident set grows by when the first background save is prepared.
+The state is that of a GPT with AdamW, 12 bytes a parameter; two ranks split it as tp=2. In turns it is saved in the loop and in the
+background, each followed by as many steps as the writing takes. `held` is what the call of the save takes. `in all` is by how much the
+call and these steps take longer than as many steps without a save: on a CPU the writing thread takes time from the training threads. The
+memory is what a rank's resident set grows by when the first background save is prepared.
 """
 
 from __future__ import annotations
