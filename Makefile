@@ -29,6 +29,7 @@ bench: $(READY)  ## Measure speed; results print as ratios
 	$(BIN)/python -m benchmarks.pipeline_overhead
 	$(BIN)/python -m benchmarks.tokenising
 	$(BIN)/python -m benchmarks.checkpoints
+	$(BIN)/python -m benchmarks.async_saves
 
 clean:  ## Remove .venv, caches and tokenised data; runs stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist outputs/token_stores
