@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.command import FAULTS, Outcome, command
+from tests.command import FAULTS, Outcome, finish, start
 from tests.support import SMALL
 from tests.wandb_records import files_with, history, read_back, recording
 from tests.wandb_server import KEY
@@ -20,7 +20,7 @@ def train(run_dir: Path, part: str, **moment: str) -> Outcome:
     line = [word for word in SMALL if not word.startswith("wandb=")]
     line += ["wandb=offline", f"train.max_steps={STEPS}", "checkpoint.every=2", f"hydra.run.dir={run_dir}"]
     variables = {"PYTHONPATH": f"{MOMENTS}:{Path.cwd()}", "MARK": f"{run_dir}.{part}", "ALONE": "1", "WANDB_API_KEY": KEY, **moment}
-    return command(run_dir.parent, *line, **variables)
+    return finish(start(run_dir.parent, *line, **variables), timeout=500)
 
 
 def test_the_recording_has_each_step_once_over_a_kill_and_a_stop(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_the_recording_has_each_step_once_over_a_kill_and_a_stop(tmp_path: Path)
 
 def test_a_warning_of_every_rank_is_shown_once_and_in_every_log(tmp_path: Path) -> None:
     line = ["experiment=memorize", "wandb=disabled", "hardware=cpu", "hydra.run.dir=run", "train.max_steps=8", "parallel=pp2"]
-    outcome = command(tmp_path, *line, PYTHONPATH=str(FAULTS), FAULT="warn:all")
+    outcome = finish(start(tmp_path, *line, PYTHONPATH=str(FAULTS), FAULT="warn:all"), timeout=500)
     assert outcome.code == 0, outcome.err
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "done"
     for said in ("UserWarning: planted warning", "planted log line"):
