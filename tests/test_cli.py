@@ -155,7 +155,7 @@ def test_a_sweep_names_the_refused_job_and_exits_2(run_here, capsys):
 
 def test_the_jobs_of_a_sweep_are_one_group_in_wandb(run_here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     groups = []
-    monkeypatch.setattr("tptrain.launch.start", lambda config, run_dir, place: groups.append(config.wandb.group))
+    monkeypatch.setattr("tptrain.launch.start", lambda config, run_dir, place, apart=False: groups.append(config.wandb.group))
     run_here("-m", "seed=1,2")
     (folder,) = (path.parent for path in tmp_path.glob("outputs/multirun/*/*/0"))
     assert groups == [str(folder.relative_to(tmp_path))] * 2

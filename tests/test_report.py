@@ -45,7 +45,10 @@ def spans_of(rank: int) -> list[Span]:
 def report_of(config: Config, folder: Path) -> Report:
     """A report without a model to speak of."""
     trainer = SimpleNamespace(
-        share=torch.nn.Linear(3, 2 + torch.distributed.get_rank()), steps_done=0, data=Data.of_tokens(config, np.arange(100))
+        share=torch.nn.Linear(3, 2 + torch.distributed.get_rank()),
+        steps_done=0,
+        evaluation_due=False,
+        data=Data.of_tokens(config, np.arange(100)),
     )
     mesh = build_mesh(config.parallel, torch.device("cpu"), 60)
     return Report(config, mesh, trainer, folder)  # type: ignore[arg-type]

@@ -124,7 +124,7 @@ def persevere(folder: Path, monkeypatch: pytest.MonkeyPatch, ends: list[Any], **
     folder.mkdir(exist_ok=True)
     job, jobs = Job("train", small_config(**changes), folder, folder, Wish()), []
 
-    def spawn(job: Job) -> Any:
+    def spawn(job: Job, crew: None, again: bool = False) -> Any:
         jobs.append(Job.load("train", folder, folder) if (folder / "config.yaml").exists() else job)
         end = ends[len(jobs) - 1]
         if isinstance(end, str):
@@ -134,7 +134,7 @@ def persevere(folder: Path, monkeypatch: pytest.MonkeyPatch, ends: list[Any], **
 
     monkeypatch.setattr(launch, "_spawn", spawn)
     try:
-        return launch._persevere(job), jobs
+        return launch._persevere(job, None), jobs
     except JobFailed as failed:
         return failed.kind, jobs
 

@@ -15,27 +15,28 @@ MOMENTS = str(Path(__file__).parent / "moments")
 STEPS = 8
 
 
-def train(run_dir: Path, part: str, **moment: str) -> Outcome:
+def train(run_dir: Path, act: str = "") -> Outcome:
     """A part of one run, with what happens to it in its fourth step."""
     line = [word for word in SMALL if not word.startswith("wandb=")]
     line += ["wandb=offline", f"train.max_steps={STEPS}", "checkpoint.every=2", f"hydra.run.dir={run_dir}"]
-    variables = {"PYTHONPATH": f"{MOMENTS}:{Path.cwd()}", "MARK": f"{run_dir}.{part}", "ALONE": "1", "WANDB_API_KEY": KEY, **moment}
+    plans = f"forward@3 {act} - {run_dir}.{act}" if act else ""
+    variables = {"PYTHONPATH": f"{MOMENTS}:{Path.cwd()}", "PLANS": plans, "WANDB_API_KEY": KEY}
     return finish(start(run_dir.parent, *line, **variables), timeout=500)
 
 
 def test_the_recording_has_each_step_once_over_a_kill_and_a_stop(tmp_path: Path) -> None:
     """The kill takes back a logged step; the stop is a scheduler's, whose signal goes to wandb's process too."""
     run_dir = tmp_path / "run"
-    assert train(run_dir, "first", MOMENT="forward", ACT="kill").code == -9
+    assert train(run_dir, "SIGKILL").code == -9
     assert [record["step"] for record in read_metrics(run_dir)] == [1, 2, 3]
-    stopped = train(run_dir, "second", MOMENT="forward", ACT="SIGTERM", EVERYBODY="1")
+    stopped = train(run_dir, "SIGTERMxALL")
     assert stopped.code == 75, stopped.err
     assert [row["step"] for row in history(read_back(recording(run_dir)))] == [1, 2, 3, 4], "with its tail"
     made = (run_dir / "wandb_id").read_text()
     (newest,) = run_dir.glob("checkpoints/step-00000004/state.json")
     assert json.loads(newest.read_text())["wandb_id"] == made.strip()
     (run_dir / "wandb_id").unlink()  # as where only the checkpoints were brought along
-    ended = train(run_dir, "third")
+    ended = train(run_dir)
     assert ended.code == 0, ended.err
     assert "W&B" not in ended.out + ended.err
 

@@ -2,7 +2,8 @@
 
 PLANS is `MOMENT ACT RANK MARK`, several, one after another, separated by commas.
 
-    MOMENT   forward, backward, optimizer, save, evaluation, sampling, preparation: the first of this process, with the real trainer
+    MOMENT   forward, backward, optimizer, save, evaluation, sampling, preparation: the first of this process, with the real trainer;
+             forward@N: of the step after step N
     ACT      a signal's name: the command that started the ranks gets it; with xALL all its ranks do too, and three times; with xTWO
              it comes once more when it has been heard; with xOWN only this rank gets it. Or SIGKILL, which ends this rank.
     RANK     where it happens, - in the command
@@ -21,11 +22,12 @@ trainers = []
 
 
 def act(name, how):
-    if how == "OWN" or name == "SIGKILL" or RANK == "-":
+    alone = RANK == "-"
+    if how == "OWN" or name == "SIGKILL" or (alone and how != "ALL"):
         os.kill(os.getpid(), getattr(signal, name))
         wait_for_signal()
         return
-    command = os.getppid()
+    command = os.getpid() if alone else os.getppid()
     for _ in range(3 if how == "ALL" else 1):
         for process in [command, *(children(command) if how == "ALL" else [])]:
             os.kill(process, getattr(signal, name))
@@ -60,6 +62,7 @@ def before(owner, name, do, when=lambda *arguments: True):
 
 
 def plant(moment, strike):
+    moment, _, step = moment.partition("@")
     if moment == "preparation":
         import tptrain.data
 
@@ -70,7 +73,12 @@ def plant(moment, strike):
 
     before(Trainer, "step", None, when=lambda trainer: trainers.append(trainer))
     if moment == "forward":
-        before(Trainer, "_run_stage", strike, when=lambda trainer, stage, *_: stage.training)
+        before(
+            Trainer,
+            "_run_stage",
+            strike,
+            when=lambda trainer, stage, *_: stage.training and str(trainer.steps_done) == (step or str(trainer.steps_done)),
+        )
     if moment == "backward":
         real = Trainer._run_stage
 
