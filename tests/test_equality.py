@@ -59,7 +59,8 @@ LLAMA = {
     "model__position": "rope", "model__norm": "rmsnorm", "model__activation": "swiglu", "model__bias": False, "model__num_kv_heads": 2,
     "model__tie_embeddings": False, "model__num_layers": 2,
 }  # fmt: skip
-SHALLOW_SGD = TIED_SGD | {"model__num_layers": 2}
+TWO_LAYERS = {"model__num_layers": 2}
+SHALLOW_SGD = TIED_SGD | TWO_LAYERS
 LLAMA_SGD = LLAMA | {"optimizer__name": "sgd", "optimizer__lr": 0.5, "optimizer__weight_decay": 0.0}
 MQA_SGD = LLAMA_SGD | {"model__num_kv_heads": 1, "model__bias": True}
 DROPOUT = {"model__dropout": 0.1}
@@ -71,7 +72,7 @@ LAYOUTS = [
     {"pp": 2, "schedule": "gpipe"}, {"pp": 2}, {"pp": 4}, {"tp": 2, "pp": 2}, {"pp": 2, "dp": 2}, {"tp": 2, "pp": 2, "dp": 2},
 ]  # fmt: skip
 CASES = [
-    *(Case(layout, base) for layout in LAYOUTS for base in (TIED_SGD, UNTIED_ADAMW)),
+    *(Case(layout, (TWO_LAYERS if layout.get("pp", 1) <= 2 else {}) | base) for layout in LAYOUTS for base in (TIED_SGD, UNTIED_ADAMW)),
     *(Case({"tp": 2, "pp": 2}, base) for base in ({}, UNTIED_ADAMW | TIED_SGD)), Case({"pp": 2}, {"model__num_layers": 7}),
     Case({"pp": 4, "micro_batch_size": 4}), Case({"pp": 2, "micro_batch_size": 1}, TIED_SGD | {"optimizer__momentum": 0.9}),
     Case({"tp": 2, "pp": 2, "micro_batch_size": 4}, {"model__bias": False}),

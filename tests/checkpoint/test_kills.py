@@ -22,7 +22,7 @@ from tptrain.config import Config
 from tptrain.data import prepare
 from tptrain.monitor.metrics import read_metrics
 
-KILLS = int(os.environ.get("KILLS", "40"))
+KILLS = int(os.environ.get("KILLS", "30"))
 FIRST_LIFE_STEPS = 20
 SPAN_STEPS = 8
 """Kills fall within the time of so many steps after a life's first one."""
