@@ -113,9 +113,8 @@ def test_losses_and_moments_are_those_of_one_process(model: str, chained: list[d
     for key, expected in state.items():
         apart, size = np.linalg.norm(last[key] - expected), np.linalg.norm(expected)
         print(model, key, apart / max(size, 1e-30))
-        if "attention.k.bias" in key and not key.endswith(
-            ".step"
-        ):  # adds one number to all scores of a query: its gradient is zero but for rounding, which AdamW scales up
+        if "attention.k.bias" in key and not key.endswith(".step"):
+            # It adds one number to all scores of a query: its gradient is zero but for rounding, which AdamW scales up.
             assert max(apart, size) < 1e-2 * np.linalg.norm(state[key.replace("k.bias", "q.bias")])
         else:
             assert apart <= 1e-4 * size, key
