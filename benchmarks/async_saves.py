@@ -11,9 +11,7 @@ memory is what a rank's resident set grows by when the first background save is 
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from benchmarks.two_ranks import CPU, Sizes, add_sizes, barrier, config_of, our_step, say, start
+from benchmarks.two_ranks import CPU, Sizes, barrier, config_of, measure_on_disk, our_step, say
 from tptrain.checkpoint.folder import checkpoint_folder
 from tptrain.checkpoint.saver import Saver
 from tptrain.data.dataset import Data
@@ -99,23 +97,5 @@ def report(
     say(f"  memory for it: {grown / 1e6:,.0f} MB on rank 0, {grown * ranks / total:.2f} times the bytes that it writes")
 
 
-def main() -> None:
-    """Read the command line and start ranks: one, then two."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_sizes(parser)
-    parser.set_defaults(layers=12, hidden=768, heads=12, vocab=50304, seq_len=128, micro_batch_size=1, micro_batches=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], choices=[1, 2])
-    parser.add_argument("--folder", help="on the disk to measure; default: the temporary folder")
-    options = parser.parse_args()
-    parent = options.folder
-    for ranks in options.ranks:
-        options.folder = tempfile.mkdtemp(prefix="async-saves-", dir=parent)
-        try:
-            start(measure, options, ranks)
-        finally:
-            shutil.rmtree(options.folder)
-
-
 if __name__ == "__main__":
-    main()
+    measure_on_disk(measure, __doc__, "async-saves-")

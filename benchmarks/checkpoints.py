@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import shutil
 import statistics
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.alternate import ratio, turns
-from benchmarks.two_ranks import CPU, Sizes, add_sizes, barrier, config_of, say, start
+from benchmarks.two_ranks import CPU, Sizes, barrier, config_of, measure_on_disk, say
 from tptrain.checkpoint.sharded import materialise_state, read_tensors, training_tensors, write_tensors
 from tptrain.data.dataset import Data
 from tptrain.data.memorize import random_tokens
@@ -95,23 +93,5 @@ def settle(folder: Path) -> None:
     barrier()
 
 
-def main() -> None:
-    """Read the command line and start ranks: one, then two."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_sizes(parser)
-    parser.set_defaults(layers=12, hidden=768, heads=12, vocab=50304, seq_len=128, micro_batch_size=1, micro_batches=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], choices=[1, 2])
-    parser.add_argument("--folder", help="on the disk to measure; default: the temporary folder")
-    options = parser.parse_args()
-    parent = options.folder
-    for ranks in options.ranks:
-        options.folder = tempfile.mkdtemp(prefix="checkpoints-", dir=parent)
-        try:
-            start(measure, options, ranks)
-        finally:
-            shutil.rmtree(options.folder)
-
-
 if __name__ == "__main__":
-    main()
+    measure_on_disk(measure, __doc__, "checkpoints-")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +88,27 @@ def start(measure: Callable[[Any], None], options: Any, ranks: int = RANKS) -> N
     os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")  # before the ranks load torch
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_run, (folder, measure, options, ranks), nprocs=ranks)
+
+
+def measure_on_disk(measure: Callable[[Any], None], what: str | None, prefix: str) -> None:
+    """Read the command line of a benchmark of files, and start its ranks: one, then two.
+
+    measure: finds gpt_125m's sizes, or others, and an empty folder in the options. what: the help. prefix: how the folder's name begins.
+    """
+    parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sizes(parser)
+    parser.set_defaults(layers=12, hidden=768, heads=12, vocab=50304, seq_len=128, micro_batch_size=1, micro_batches=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], choices=[1, 2])
+    parser.add_argument("--folder", help="on the disk to measure; default: the temporary folder")
+    options = parser.parse_args()
+    parent = options.folder
+    for ranks in options.ranks:
+        options.folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
+        try:
+            start(measure, options, ranks)
+        finally:
+            shutil.rmtree(options.folder)
 
 
 def start_pairs(measure: Callable[[Pair], dict[str, Any]], options: Any, sides: Sequence[str]) -> dict[str, Any]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
-import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -190,18 +188,6 @@ def test_a_failed_write_leaves_the_old_ones_and_the_next_save_works(async_save: 
     assert len(first["lines"]) == 3
     assert first["lines"][0].startswith("step-00000002 was not written: [Errno 27] File too large")
     assert first["lines"][0].endswith("the run goes on and tries again at the next one, the newest is step-00000001")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB in memory."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def fill_the_disk(rank: int, folder: Path, disk: Path) -> dict[str, Any]:

@@ -214,18 +214,6 @@ def test_the_second_says_that_it_waits_and_a_dead_builder_s_lock_holds_nobody(
 # ---- a full disk -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB in memory."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 @pytest.mark.parametrize(
     ("megabytes", "num_proc", "where"),
     [(0.2, 1, "cache"), (0.9, 1, "store/train-"), (0.9, 2, "store/"), (1.6, 1, "store/train-"), (2.1, 1, "store/")],

@@ -1,11 +1,13 @@
 """A resolved config for the monitor room, which needs neither Hydra nor torch."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.support import small_config
+from tests.wandb_server import KEY
 from tptrain.config import Config
 
 
@@ -31,3 +33,12 @@ def untouched_logger() -> Iterator[None]:
     yield
     logger.handlers, logger.propagate = before[0], before[2]
     logger.setLevel(before[1])
+
+
+@pytest.fixture
+def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key, settings or cache of whoever runs the tests, and a key in the environment that is to stay there."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setenv("WANDB_API_KEY", KEY)

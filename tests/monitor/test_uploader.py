@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from pathlib import Path
@@ -22,12 +21,7 @@ STEPS: list[Record] = [{"step": step, "loss": 0.5**step, "time": 1e9 + step} for
 LOGGED = [{key: value for key, value in record.items() if key != "time"} for record in STEPS]
 
 
-@pytest.fixture(autouse=True)
-def _a_key(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 def record_run(config: Config, run_dir: Path, first: int, last: int, state: str = "done") -> tuple[float, list[str]]:

@@ -24,13 +24,7 @@ STEPS: list[Record] = [{"step": step, "loss": 1 / step, "mfu": None, "grad_norm"
 LOGGED = [{"step": step, "loss": pytest.approx(1 / step)} for step in range(1, 7)]
 
 
-@pytest.fixture(autouse=True)
-def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No key, settings or cache of whoever runs the tests, and a key in the environment that is to stay there."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 def test_one_recording_has_the_run_over_two_resumes(config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
