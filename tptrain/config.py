@@ -20,8 +20,12 @@ from tptrain.config_error import refuse as refuse
 from tptrain.data_config import DataConfig as DataConfig
 from tptrain.data_config import TokenizerConfig as TokenizerConfig
 from tptrain.data_config import check_data
+from tptrain.hardware_config import HardwareConfig as HardwareConfig
+from tptrain.hardware_config import check_hardware
 from tptrain.launch_config import LaunchConfig as LaunchConfig
 from tptrain.launch_config import check_launch
+from tptrain.plan_config import PlanConfig as PlanConfig
+from tptrain.plan_config import check_plan
 
 
 @dataclass
@@ -230,16 +234,6 @@ class WandbConfig:
 
 
 @dataclass
-class HardwareConfig:
-    """What the ranks run on."""
-
-    device: str
-    """auto (cuda where there is one, else cpu), cpu or cuda."""
-    peak_flops_per_second: float | None
-    """The device's dense bf16 peak, for MFU; null means unknown, and so is MFU."""
-
-
-@dataclass
 class CheckConfig:
     """What `tptrain check` compares with one process."""
 
@@ -279,6 +273,7 @@ class Config:
     launch: LaunchConfig
     check: CheckConfig
     doctor: DoctorConfig = field(default_factory=DoctorConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     @property
     def batch_size(self) -> int:
@@ -484,7 +479,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "optimizer.name": ("adamw", "sgd"),
     "lr_schedule.name": ("cosine", "constant"),
     "wandb.mode": ("offline", "online", "disabled"),
-    "hardware.device": ("auto", "cpu", "cuda"),
     "check.layouts": ("own", "all"),
 }
 
@@ -506,7 +500,7 @@ _ABOVE_ZERO = (
     "model.norm_eps", "model.rope_theta", "optimizer.eps", "launch.timeout_seconds", "launch.stop_seconds",
     "doctor.slow_rank", "doctor.slow_link", "checkpoint.timeout_seconds",
 )  # fmt: skip
-_ABOVE_ZERO_OR_NULL = ("optimizer.grad_clip", "hardware.peak_flops_per_second", "train.max_minutes")
+_ABOVE_ZERO_OR_NULL = ("optimizer.grad_clip", "train.max_minutes")
 _AT_MOST_ONE = ("lr_schedule.min_lr_ratio",)
 _BELOW_ONE = ("optimizer.momentum", "model.dropout", "train.label_smoothing", "doctor.slow_rank", "doctor.slow_link")
 _INT_OR_AUTO = ("parallel.dp", "parallel.stages_per_rank", "launch.threads_per_rank", "launch.processes_per_node")
@@ -554,6 +548,8 @@ def _check_values(config: Config) -> None:
         rule = "needs the package tensorboard, which is not installed"
         raise refuse("train.tensorboard", True, rule, "pip install 'tptrain[tensorboard]', or use train.tensorboard=false")
     check_launch(config.launch)
+    check_hardware(config.hardware)
+    check_plan(config.plan)
     check_data(config.data)
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
