@@ -1,0 +1,1 @@
+"""One real training step on tensors without values, held against the plan."""
