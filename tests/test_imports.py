@@ -78,9 +78,11 @@ ALLOWED: dict[str, set[str]] = {
         "doctor",
         "generate",
     },
+    "agent_watch": set(),
     "scheduler": {"config_error"},
     "spawn": {"config", "failures", "job", "ranks", "stop"},
     "launch": {
+        "agent_watch",
         "checkpoint",
         "config",
         "council",
