@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "export_config": {"config", "generate_config"},
     "plot_config": {"config"},
     "plan": {"config", "model", "pipeline"},
+    "dry_run": set(),
     # around them
     "data": {"config", "config_error", "data_config", "files", "lifeline"},
     "checkpoint": {"tensor_parallel", "model", "mesh", "config", "config_error", "files"},
@@ -78,9 +79,11 @@ ALLOWED: dict[str, set[str]] = {
         "doctor",
         "generate",
     },
+    "agent_watch": set(),
     "scheduler": {"config_error"},
     "spawn": {"config", "failures", "job", "ranks", "stop"},
     "launch": {
+        "agent_watch",
         "checkpoint",
         "config",
         "council",
