@@ -40,7 +40,6 @@ ALLOWED: dict[str, set[str]] = {
     "export_config": {"config", "generate_config"},
     "plot_config": {"config"},
     "plan": {"config", "model", "pipeline"},
-    "dry_run": set(),
     # around them
     "data": {"config", "config_error", "data_config", "files", "lifeline"},
     "checkpoint": {"tensor_parallel", "model", "mesh", "config", "config_error", "files"},
