@@ -40,7 +40,6 @@ ALLOWED: dict[str, set[str]] = {
     "export_config": {"config", "generate_config"},
     "plot_config": {"config"},
     "plan": {"config", "model", "pipeline"},
-    "dry_run": set(),
     # around them
     "data": {"config", "config_error", "data_config", "files", "lifeline"},
     "checkpoint": {"tensor_parallel", "model", "mesh", "config", "config_error", "files"},
@@ -168,6 +167,7 @@ ALLOWED |= {
     "step_watch": BELOW_TRAIN | {"trainer", "report", "stop"},
     "train": BELOW_TRAIN | {"trainer", "report", "step_watch", "stop"},
     "check": BELOW_TRAIN | {"trainer", "verdict"},
+    "dry_run": BELOW_TRAIN | {"trainer"},
     "generate": BELOW_TRAIN | {"generate_config", "job", "sampling", "pipeline_decoder", "trained_stage"},
     "evaluate": BELOW_TRAIN | {"eval_config", "job", "multiple_choice", "row_losses", "trained_stage"},
 }  # the composition root: anything but what starts it
