@@ -78,9 +78,11 @@ ALLOWED: dict[str, set[str]] = {
         "doctor",
         "generate",
     },
+    "agent_watch": set(),
     "scheduler": {"config_error"},
     "spawn": {"config", "failures", "job", "ranks", "stop"},
     "launch": {
+        "agent_watch",
         "checkpoint",
         "config",
         "council",
@@ -161,6 +163,7 @@ ALLOWED |= {
     "step_watch": BELOW_TRAIN | {"trainer", "report", "stop"},
     "train": BELOW_TRAIN | {"trainer", "report", "step_watch", "stop"},
     "check": BELOW_TRAIN | {"trainer", "verdict"},
+    "dry_run": BELOW_TRAIN | {"trainer"},
     "generate": BELOW_TRAIN | {"generate_config", "job", "sampling", "pipeline_decoder", "trained_stage"},
     "evaluate": BELOW_TRAIN | {"eval_config", "job", "multiple_choice", "row_losses", "trained_stage"},
 }  # the composition root: anything but what starts it

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from tptrain import failures, network, ranks, scheduler
+from tptrain import agent_watch, failures, network, ranks, scheduler
 from tptrain.config import Config, ConfigError, refuse, resolve
 from tptrain.failures import Failure, JobFailed
 from tptrain.job import Job, Meeting, Place
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from tptrain.crew import Crew
 
 _LEAST_MINUTES = 1e-6
+_AGENT_SECONDS = 10.0
+"""How long torchrun's agent may take to end after its ranks, where it does not start them again."""
 """What train.max_minutes leaves to a restart once it has passed: the ranks stop after one step."""
 
 
@@ -214,7 +216,7 @@ def _take_part(config: Config, run_dir: Path, place: Place) -> float | None:
     try:
         with contextlib.ExitStack() as listening:
             wish.announce = listen
-            value: float | None = ranks.joined("train", config, prepare, place, wish, _keep_flights)
+            value: float | None = ranks.joined("train", config, prepare, place, wish, _keep_flights, partial(_end_agent, config, place))
             return value
     except Stopped as stop:
         stop.exit_code = AGAIN
@@ -310,7 +312,15 @@ def take_part(job: Job, place: Place) -> Any:
         write_job(job)
         return job
 
-    return ranks.joined(job.work, job.config, prepare, place, job.wish, _keep_flights)
+    return ranks.joined(job.work, job.config, prepare, place, job.wish, _keep_flights, partial(_end_agent, job.config, place))
+
+
+def _end_agent(config: Config, place: Place, terminal: int) -> None:
+    """See that torchrun's agent ends on a node that is cut off: soon after its ranks, or with restarts left once waiting is in vain."""
+    if place.nodes > 1 and place.local_rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ:
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        patience = max(config.launch.timeout_seconds, ranks.START_SECONDS) if restarts > 0 else 0
+        agent_watch.leave_behind(_AGENT_SECONDS + patience, terminal)
 
 
 def given_place() -> Place | None:
