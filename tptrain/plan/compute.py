@@ -15,6 +15,7 @@ from tptrain.config import Config
 from tptrain.plan.kernels import Product, Work
 
 _FP32_BYTES = 4
+_NOTHING = Work()
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 """Of what layers compute in, by `train.precision`."""
 
@@ -23,10 +24,10 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 class Part:
     """A piece of the model on one rank, for one micro-batch."""
 
-    forward: Work = Work()
-    input_gradient: Work = Work()
+    forward: Work = _NOTHING
+    input_gradient: Work = _NOTHING
     """Of its backward what leads to the piece before."""
-    weight_gradient: Work = Work()
+    weight_gradient: Work = _NOTHING
     """Of its backward what can be put off."""
 
     def __add__(self, other: Part) -> Part:

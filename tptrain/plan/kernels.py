@@ -23,13 +23,13 @@ class Product(NamedTuple):
     m: int
     n: int
     k: int
-    count: float = 1
+    times: float = 1
     """How many; a half where half of it is left out."""
 
     @property
     def flops(self) -> float:
         """Of all of them."""
-        return 2.0 * self.m * self.n * self.k * self.count
+        return 2.0 * self.m * self.n * self.k * self.times
 
 
 @dataclass(frozen=True)

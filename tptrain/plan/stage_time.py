@@ -38,7 +38,8 @@ class StageTime:
 
 
 def stage_times(config: Config, bounds: Sequence[tuple[int, int]]) -> list[StageTime]:
-    """Of stages with these layers, as (first, one past last). config: resolved. Raises ConfigError where the hardware's speed is unknown."""
+    """Of stages with these layers, as (first, one past last). config: resolved. Raises ConfigError where the hardware's speed is
+    unknown."""
     layers = config.model.num_layers
     clock = _Clock(config)
     kinds = [(last - first, first == 0, last == layers) for first, last in bounds]

@@ -10,19 +10,19 @@ Not modelled: data loading, evaluation, checkpoints, and what one rank's device 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tptrain.config import Config
 from tptrain.model.flops import flops_per_token
-from tptrain.pipeline.actions import Kind, placement
+from tptrain.pipeline.actions import Kind
 from tptrain.pipeline.simulate import Costs, Simulation, simulate
 from tptrain.plan.closed_form import pipeline_seconds, stage_ranks
-from tptrain.plan.communication import Traffic, fully_shard_traffic, message_bytes, step_traffic
+from tptrain.plan.communication import Traffic, fully_shard_traffic, message_bytes, once_traffic
 from tptrain.plan.compute import update_work
 from tptrain.plan.kernels import device_of
 from tptrain.plan.links import collective_seconds, group_links
-from tptrain.plan.parameters import rank_parameters
 from tptrain.plan.pipeline import PipelinePlan, StagePlan, describe, stage_layers
+from tptrain.plan.shards import block_shards, ends_shards
 from tptrain.plan.stage_time import StageTime, stage_times
 
 
@@ -149,9 +149,9 @@ class _Step:
     def _dp_seconds(self) -> float:
         """fully_shard's collectives, exposed.
 
-        A stage's weights come with its first forward, and the stages begin one after another. Its gradients go with its last backward, and the
-        first stage ends last; a rank's gradients add to the step where they take longest. On a GPU the first message alone runs under nothing,
-        on a CPU all do, as fully_shard waits for each there.
+        A stage's weights come with its first forward, and the stages begin one after another. Its gradients go with its last backward, and
+        a rank's add to the step where they take longest. On a GPU one message a stage runs under nothing; on a CPU all do, as fully_shard
+        waits for each there.
         """
         if int(self.config.parallel.dp) == 1:
             return 0.0
@@ -178,17 +178,21 @@ class _Step:
 
     def _update_seconds(self, rank: int) -> float:
         mine = [stage for stage in self.stages if stage.rank == rank]
-        kept = sum(rank_parameters(self.config, stage.first_layer, stage.last_layer) for stage in mine)
-        return device_of(self.config).seconds(update_work(self.config, kept, kept * int(self.config.parallel.dp)))
+        dp, layers = int(self.config.parallel.dp), self.config.model.num_layers
+        kept = 0
+        for stage in mine:
+            kept += (stage.last_layer - stage.first_layer) * sum(shard.elements(dp, 0) for shard in block_shards(self.config))
+            ends = ends_shards(self.config, stage.first_layer == 0, stage.last_layer == layers)
+            kept += sum(shard.elements(dp, 0) for shard in ends)
+        return device_of(self.config).seconds(update_work(self.config, kept, kept * dp))
 
     def _sums_seconds(self, rank: int) -> float:
-        """Traffic besides that of the actions and of fully_shard: that of a pipeline without actions."""
-        idle = PipelinePlan(list(self.stages), [[] for _ in range(self.config.parallel.pp)], 0.0, [])
+        """What a rank calls once a step, but for fully_shard's."""
         sizes = {"tp": self.config.parallel.tp, "dp": int(self.config.parallel.dp), "embedding": 2, "world": self.config.processes}
+        stages = PipelinePlan(list(self.stages), [], 0.0, [])
         return sum(
             each.calls * collective_seconds(each.operation, sizes[each.group], each.bytes // each.calls, self.links[each.group])
-            for each in step_traffic(self.config, idle, rank)
-            if each.calls and not (each.group == "dp" and each.under)
+            for each in once_traffic(self.config, stages, rank)
         )
 
 
