@@ -1,17 +1,150 @@
-"""What layouts need and take at first sight, with everything worked out once that many of them share."""
+"""What layouts need and take, with everything worked out once that many of them share.
+
+What a stage takes depends on tp, the micro-batch, recomputation and sequence parallelism, and on its layers; which layers a stage has depends
+on pp and the schedule. Thousands of layouts are combinations of a few hundred of either.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cache
+from typing import Any, TypeVar
 
 from tptrain.config import Config
-from tptrain.pipeline.actions import Schedule, placement
+from tptrain.pipeline.actions import placement
 from tptrain.pipeline.schedules import SCHEDULES
+from tptrain.pipeline.simulate import Costs
+from tptrain.pipeline.zero_bubble import zb_v
+from tptrain.plan.activations import Sizes, block_memory
 from tptrain.plan.bound import least_seconds
-from tptrain.plan.layouts import Layout, Layouts
-from tptrain.plan.links import collective_seconds, group_links
 from tptrain.plan.communication import message_bytes
-from tptrain.plan.pipeline import PipelinePlan, costs_for_schedule, plan_of, stage_layers
+from tptrain.plan.layouts import Layout, Layouts
+from tptrain.plan.least_memory import Weights, least_bytes, weights_of
+from tptrain.plan.links import collective_seconds, group_links
+from tptrain.plan.peak import peak_of
+from tptrain.plan.pipeline import PipelinePlan, StagePlan, plan_of, stage_costs, stage_layers
+from tptrain.plan.stage_memory import StageMemory, stage_memory
 from tptrain.plan.stage_time import StageTime, stage_times
+from tptrain.plan.time import Step
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of a pipeline."""
+
+    ranks: list[int]
+    """Of each stage."""
+    bounds: list[tuple[int, int]]
+    """Its layers, as (first, one past last)."""
+    kinds: list[tuple[int, int]]
+    """The same, but of stages that are alike, of as many layers and with the same ends, those of one of them."""
+
+
+class Prices:
+    """Of the layouts of one search. Raises ConfigError where the hardware's speed is unknown."""
+
+    def __init__(self, layouts: Layouts) -> None:
+        self.layouts = layouts
+        self._known: dict[Hashable, Any] = {}
+
+    def config(self, layout: Layout) -> Config:
+        """Resolved."""
+        return self.layouts.config(layout)
+
+    def least_seconds(self, layout: Layout, config: Config) -> float:
+        """What a step certainly takes in its pipeline."""
+        stages, splits = self._stages(layout, config), layout.schedule.startswith("zb_")
+        times = self._times(layout, config, stages)
+        costs = Costs(
+            [time.forward + time.forward_tp for time in times],
+            [time.input_gradient + (time.input_gradient_tp if splits else time.backward_tp) for time in times],
+            [time.weight_gradient for time in times],
+            self._transfer(layout, config),
+        )
+        return least_seconds(stages.ranks, config.parallel.micro_batches, costs, splits)
+
+    def outside_seconds(self, layout: Layout, config: Config) -> float:
+        """What a step takes besides its pipeline."""
+        stages = self._stages(layout, config)
+        plans = [StagePlan(rank, *bounds, 0, 0) for rank, bounds in zip(stages.ranks, stages.bounds, strict=True)]
+        step = Step(config, plans, layout.schedule.startswith("zb_"))
+        return step.dp_seconds() + step.other_seconds()
+
+    def least_bytes(self, layout: Layout, config: Config) -> float:
+        """What the fullest rank certainly needs."""
+        own = (layout.tp, layout.micro_batch_size, layout.recompute, layout.sequence_parallel)
+        block = self._once(("block", *own), lambda: block_memory(config, Sizes.of(config)).kept)
+        return least_bytes(config, self._weights(layout, config), block)
+
+    def bytes_of_fullest(self, layout: Layout, config: Config, limit: float = math.inf) -> float:
+        """What the fullest rank needs; of the first rank that needs more than the limit, if any does."""
+        stages = self._stages(layout, config)
+        known = {bounds: stage_memory(config, *bounds) for bounds in set(stages.kinds)}
+        memory, most = [known[bounds] for bounds in stages.kinds], 0.0
+        for rank in range(layout.pp):
+            most = max(most, peak_of(config, memory, stages.ranks, rank).total)
+            if most > limit:
+                break
+        return most
+
+    def pipeline(self, layout: Layout, config: Config) -> PipelinePlan:
+        """As `describe` has it, without its proof: the schedules that have names are proved in the tests."""
+        sizes = (layout.pp, layout.stages_per_rank, config.parallel.micro_batches)
+
+        def made() -> PipelinePlan:
+            if layout.schedule == "zb_v":
+                return plan_of(config, zb_v(*sizes, stage_costs(config, self._stages(layout, config).bounds)))
+            return plan_of(config, SCHEDULES[layout.schedule](*sizes))
+
+        return self._once(("pipeline", layout.schedule, layout.recompute, *sizes), made)
+
+    # ---- what layouts share --------------------------------------------------------------------------------
+
+    def _stages(self, layout: Layout, config: Config) -> Stages:
+        def made() -> Stages:
+            ranks = placement(SCHEDULES[layout.schedule](layout.pp, layout.stages_per_rank, 1))
+            bounds, layers = stage_layers(config, ranks), config.model.num_layers
+            firsts: dict[tuple[int, bool, bool], tuple[int, int]] = {}
+            kinds = [firsts.setdefault((last - first, first == 0, last == layers), (first, last)) for first, last in bounds]
+            return Stages(ranks, bounds, kinds)
+
+        return self._once(("stages", layout.pp, layout.schedule, layout.stages_per_rank), made)
+
+    def _times(self, layout: Layout, config: Config, stages: Stages) -> list[StageTime]:
+        own = (layout.tp, layout.micro_batch_size, layout.recompute, layout.sequence_parallel)
+        known: dict[tuple[int, bool, bool], StageTime] = self._once(("times", *own), dict)
+        layers = config.model.num_layers
+        kinds = {bounds: (bounds[1] - bounds[0], bounds[0] == 0, bounds[1] == layers) for bounds in set(stages.kinds)}
+        missing = [bounds for bounds, kind in kinds.items() if kind not in known]
+        if missing:
+            known |= dict(zip((kinds[bounds] for bounds in missing), stage_times(config, missing), strict=True))
+        found = {bounds: known[kind] for bounds, kind in kinds.items()}
+        return [found[bounds] for bounds in stages.kinds]
+
+    def _weights(self, layout: Layout, config: Config) -> Weights:
+        def made() -> Weights:
+            stages = self._stages(layout, config)
+            layers = [last - first for first, last in stages.bounds]
+            return weights_of(stages.ranks, layers, [self._memory(layout, config, bounds) for bounds in stages.kinds])
+
+        return self._once(("weights", layout.tp, layout.pp, layout.schedule, layout.stages_per_rank), made)
+
+    def _memory(self, layout: Layout, config: Config, bounds: tuple[int, int]) -> StageMemory:
+        """Of which no more is used than the weights."""
+        return self._once(("memory", layout.tp, layout.pp, bounds), lambda: stage_memory(config, *bounds))
+
+    def _transfer(self, layout: Layout, config: Config) -> float:
+        if layout.pp == 1:
+            return 0.0
+        link = self._once(("link", layout.tp, layout.pp), lambda: group_links(config)["pp_up"])
+        return collective_seconds("send", 2, message_bytes(config), link)
+
+    def _once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What is made the first time that it is asked for."""
+        if key not in self._known:
+            self._known[key] = make()
+        found: T = self._known[key]
+        return found

@@ -63,7 +63,7 @@ class Training:
 def step_time(config: Config, pipeline: PipelinePlan) -> StepTime:
     """The step of a resolved config whose pipeline is `pipeline`, every action simulated. Raises ConfigError where the hardware's speed is
     unknown."""
-    step = _Step(config, pipeline.stages, any(action.kind is Kind.INPUT_GRADIENT for actions in pipeline.schedule for action in actions))
+    step = Step(config, pipeline.stages, any(action.kind is Kind.INPUT_GRADIENT for actions in pipeline.schedule for action in actions))
     instant = simulate(pipeline.schedule, step.costs(transfer=0.0))
     transfer = step.transfer
     simulation = simulate(pipeline.schedule, step.costs(transfer)) if transfer else instant
@@ -77,7 +77,7 @@ def estimate(config: Config) -> StepTime:
         return step_time(config, describe(config))
     ranks = stage_ranks(parallel.schedule, parallel.pp, int(parallel.stages_per_rank))
     stages = [StagePlan(rank, first, last, 0, 0) for rank, (first, last) in zip(ranks, stage_layers(config, ranks), strict=True)]
-    step = _Step(config, stages, parallel.schedule in ("zb_h1", "zb_v"))
+    step = Step(config, stages, parallel.schedule in ("zb_h1", "zb_v"))
     whole, instant = (
         pipeline_seconds(parallel.schedule, ranks, parallel.micro_batches, step.costs(transfer)) for transfer in (step.transfer, 0.0)
     )
@@ -91,7 +91,7 @@ def training(config: Config, step: StepTime) -> Training:
     return Training(tokens, hours / 24, None if price is None else hours * price * config.processes)
 
 
-class _Step:
+class Step:
     """The pieces of a step, priced."""
 
     def __init__(self, config: Config, stages: Sequence[StagePlan], splits: bool) -> None:
@@ -121,7 +121,7 @@ class _Step:
         slowest = max(range(len(busy)), key=busy.__getitem__)
         shared = self._shared(sum(busy))
         pipeline, instant = max(pipeline, shared), max(instant, shared)
-        dp, other = self._dp_seconds(), self._other_seconds()
+        dp, other = self.dp_seconds(), self.other_seconds()
         step = pipeline + dp + other
         tokens = config.batch_size * config.data.seq_len / step
         return StepTime(
@@ -146,7 +146,7 @@ class _Step:
         config = self.config
         return busy_seconds / config.parallel.pp * config.processes / config.hardware.cores if config.hardware.cores else 0.0
 
-    def _dp_seconds(self) -> float:
+    def dp_seconds(self) -> float:
         """fully_shard's collectives, exposed.
 
         A stage's weights come with its first forward, and the stages begin one after another. Its gradients go with its last backward, and
@@ -172,7 +172,7 @@ class _Step:
         alone = max((seconds for _, seconds in each), default=0.0)
         return alone + max(0.0, whole - alone - hidden_by)
 
-    def _other_seconds(self) -> float:
+    def other_seconds(self) -> float:
         """What follows the last backward, and the batch's rows: of the slowest rank, which is the first or the last."""
         return max(self._update_seconds(rank) + self._sums_seconds(rank) for rank in {0, self.config.parallel.pp - 1})
 
@@ -189,7 +189,7 @@ class _Step:
     def _sums_seconds(self, rank: int) -> float:
         """What a rank calls once a step, but for fully_shard's."""
         sizes = {"tp": self.config.parallel.tp, "dp": int(self.config.parallel.dp), "embedding": 2, "world": self.config.processes}
-        stages = PipelinePlan(list(self.stages), [], 0.0, [])
+        stages = PipelinePlan(list(self.stages), [], self.costs(0.0))
         return sum(
             each.calls * collective_seconds(each.operation, sizes[each.group], each.bytes // each.calls, self.links[each.group])
             for each in once_traffic(self.config, stages, rank)
