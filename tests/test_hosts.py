@@ -132,15 +132,37 @@ def names_a_peer(said: str) -> bool:
     return any((int(waiting) < 2) != (int(other[0]) < 2) for waiting, other in [*pairs, *sums])
 
 
-def test_torchrun_over_two_hosts(hosts: Hosts, alone: dict[int, float], tmp_path: Path) -> None:
-    """The link is cut in mid-step, and healed; later the whole second host is lost."""
+def agents(hosts: Hosts, *options: str) -> Callable[[int, str], list[str]]:
+    """The command line of each node's torchrun."""
 
     def line(number: int, host: str) -> list[str]:
         meeting = [f"--rdzv-endpoint={hosts.address('a')}:29555", f"--rdzv-conf=is_host={int(number == 0)}"]
-        size = ["--nnodes=2", "--nproc-per-node=2", "--max-restarts=1", "--rdzv-backend=c10d", f"--local-addr={hosts.address(host)}"]
-        return ["-m", "torch.distributed.run", *size, *meeting, "-m", "tptrain"]
+        size = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", f"--local-addr={hosts.address(host)}"]
+        return ["-m", "torch.distributed.run", *size, *options, *meeting, "-m", "tptrain"]
 
-    job = Job(hosts, tmp_path, line, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    return line
+
+
+def test_torchrun_cut_off_for_good(hosts: Hosts, tmp_path: Path) -> None:
+    """Ranks and agents end on both sides, though the far agent's connection to the first one's store stays open."""
+    job = Job(hosts, tmp_path, agents(hosts))
+    job.reach(5)
+    hosts.cut("b")
+    began = time.monotonic()
+    codes = job.finish()
+    took = time.monotonic() - began
+    hosts.heal("b")
+    assert took < LIMIT_SECONDS + 60, "of which the ranks have the limit and 15 s, and the agent 15 s"
+    assert codes["a"] == 1
+    assert codes["b"] in (1, -signal.SIGTERM, -signal.SIGKILL)
+    assert codes["b"] == 1 or "torchrun has had no ranks on this node" in job.said("b")
+    assert all(names_a_peer(job.said(host)) for host in hosts.letters)
+
+
+def test_torchrun_over_two_hosts(hosts: Hosts, alone: dict[int, float], tmp_path: Path) -> None:
+    """The link is cut in mid-step, and healed; later the whole second host is lost."""
+
+    job = Job(hosts, tmp_path, agents(hosts, "--max-restarts=1"), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     job.reach(5)
     took = job.cut_until_the_ranks_are_gone("b")
     assert took < LIMIT_SECONDS + 15  # 1 to 2 s beyond the limit, and 5 more where no pair's exchange was cut

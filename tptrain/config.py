@@ -298,16 +298,22 @@ def resolve(config: Config, started: int | None = None, devices: int | None = No
     Raises ConfigError at the first thing that cannot run.
     """
     config = copy.deepcopy(config)
-    _check_values(config)
+    check_values(config)
     if started is None:
         _resolve_layout(config.parallel, config.launch, devices)
     else:
         _resolve_started_layout(config, started, started_here or started)
+    settle(config)
+    return config
+
+
+def settle(config: Config) -> None:
+    """Fill in the stages and the batch of a config whose single values are checked and whose dp is a number, and check what model,
+    layout and batch ask of each other. Changes `config`. Raises ConfigError at the first thing that cannot run."""
     _resolve_stages(config.parallel)
     _check_model(config)
     _check_partition(config)
     _resolve_batch(config)
-    return config
 
 
 def refuse_unprovable(config: Config) -> None:
@@ -333,7 +339,7 @@ def _resolve_started_layout(config: Config, started: int, started_here: int) -> 
         remedy = f"use parallel.dp={started // inner}" if started % inner == 0 else f"start {_processes(config.processes)}"
         raise refuse("parallel.dp", parallel.dp, f"gives {_product(parallel)}, but {started} were started", remedy)
     if started_here < started:
-        _check_nodes(parallel, started_here, f"start {parallel.tp} on each, or a multiple (LOCAL_WORLD_SIZE, slurm.tasks_per_node)")
+        check_nodes(parallel, started_here, f"start {parallel.tp} on each, or a multiple (LOCAL_WORLD_SIZE, slurm.tasks_per_node)")
 
 
 def _resolve_layout(parallel: ParallelConfig, launch: LaunchConfig, devices: int | None) -> None:
@@ -364,10 +370,10 @@ def _resolve_layout(parallel: ParallelConfig, launch: LaunchConfig, devices: int
         rule = f"does not divide the {_product(parallel)}"
         raise refuse("launch.nodes", nodes, rule, f"use a layout of {f'{low} or ' * bool(low)}{low + nodes} processes")
     if nodes > 1:
-        _check_nodes(parallel, wanted // nodes, f"use a tp that divides {wanted // nodes}, or more copies by parallel.dp")
+        check_nodes(parallel, wanted // nodes, f"use a tp that divides {wanted // nodes}, or more copies by parallel.dp")
 
 
-def _check_nodes(parallel: ParallelConfig, on_each: int, remedy: str) -> None:
+def check_nodes(parallel: ParallelConfig, on_each: int, remedy: str) -> None:
     """Whether each node holds whole tp groups, which are runs of consecutive ranks: their messages are too many for what joins nodes."""
     if on_each % parallel.tp:
         rule = f"does not divide the {_processes(on_each)} of a node, so that a tp group would straddle two nodes"
@@ -415,7 +421,7 @@ def _check_model(config: Config) -> None:
         remedies = [f"model.num_layers={parallel.num_stages} or more"]
         if model.num_layers >= each:
             remedies.insert(0, f"parallel.pp={model.num_layers // each}" + " or less" * (model.num_layers >= 2 * each))
-        if each > 1 and _STAGES_PER_RANK.get(parallel.schedule, 0) is None and model.num_layers >= parallel.pp:
+        if each > 1 and STAGES_PER_RANK.get(parallel.schedule, 0) is None and model.num_layers >= parallel.pp:
             remedies.insert(0, f"parallel.stages_per_rank={model.num_layers // parallel.pp}")
         raise refuse("parallel.pp", parallel.pp, f"{stages}needs a layer a stage, but model.num_layers={model.num_layers}",
                      f"use {', or '.join(remedies)}")  # fmt: skip
@@ -427,14 +433,14 @@ def _check_model(config: Config) -> None:
 def _resolve_stages(parallel: ParallelConfig) -> None:
     """Turn stages_per_rank=auto into a number and compare it with the schedule."""
     name, given = parallel.schedule, parallel.stages_per_rank
-    if name not in _STAGES_PER_RANK and not parallel.schedule_is_file:
-        names = ", ".join(_STAGES_PER_RANK)
+    if name not in STAGES_PER_RANK and not parallel.schedule_is_file:
+        names = ", ".join(STAGES_PER_RANK)
         raise refuse("parallel.schedule", name, "is unknown", f"use one of {names}, or the path of a file that ends in .txt")
-    needed = _STAGES_PER_RANK.get(name)
+    needed = STAGES_PER_RANK.get(name)
     if given == "auto":
         parallel.stages_per_rank = needed or (2 if name == "interleaved" else 1)
     elif needed is not None and given != needed:
-        fitting = [other for other, stages in _STAGES_PER_RANK.items() if stages in (None, given)]
+        fitting = [other for other, stages in STAGES_PER_RANK.items() if stages in (None, given)]
         rule = f"does not fit parallel.schedule={name}, which has {needed} stage{'s' * (needed > 1)} a rank"
         raise refuse("parallel.stages_per_rank", given, rule, f"use {needed} or auto, or parallel.schedule={' or '.join(fitting)}")
 
@@ -469,7 +475,7 @@ def _resolve_batch(config: Config) -> None:
 
 # ---- single values ---------------------------------------------------------------------------------------
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
+CHOICES: dict[str, tuple[Any, ...]] = {
     "model.position": ("learned", "rope"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.activation": ("gelu", "swiglu"),
@@ -481,6 +487,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "wandb.mode": ("offline", "online", "disabled"),
     "check.layouts": ("own", "all"),
 }
+"""What keys of few values may be."""
 
 _AT_LEAST: dict[str, float] = {
     "seed": 0,
@@ -504,13 +511,13 @@ _ABOVE_ZERO_OR_NULL = ("optimizer.grad_clip", "train.max_minutes")
 _AT_MOST_ONE = ("lr_schedule.min_lr_ratio",)
 _BELOW_ONE = ("optimizer.momentum", "model.dropout", "train.label_smoothing", "doctor.slow_rank", "doctor.slow_link")
 _INT_OR_AUTO = ("parallel.dp", "parallel.stages_per_rank", "launch.threads_per_rank", "launch.processes_per_node")
-_STAGES_PER_RANK: dict[str, int | None] = {"gpipe": None, "1f1b": 1, "interleaved": None, "zb_h1": 1, "zb_v": 2}
+STAGES_PER_RANK: dict[str, int | None] = {"gpipe": None, "1f1b": 1, "interleaved": None, "zb_h1": 1, "zb_v": 2}
 """For each schedule that has a name, the stages that a rank must hold; None: any number."""
 
 
-def _check_values(config: Config) -> None:
+def check_values(config: Config) -> None:
     """Each key by itself."""
-    for key, choices in _CHOICES.items():
+    for key, choices in CHOICES.items():
         value = _get(config, key)
         if value not in choices:
             options = ", ".join(as_text(choice) for choice in choices)

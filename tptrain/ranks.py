@@ -38,7 +38,7 @@ from tptrain.stop import numbers as stop_signals
 _LONG = timedelta(days=30)
 """More than any preparation takes. Whoever waits so long is released earlier, with an error, where rank 0 dies."""
 
-_START_SECONDS = 300.0
+START_SECONDS = 300.0
 """How long ranks may take to start after one another, where launch.timeout_seconds is shorter."""
 
 # ---- what ranks can do -----------------------------------------------------------------------------------
@@ -135,9 +135,18 @@ def inline(job: Job) -> Any:
             _leave_group()
 
 
-def joined(work: str, config: Config, prepare: Callable[[], Job], place: Place, wish: Wish, begin: Callable[[Path], None]) -> Any:
+def joined(
+    work: str,
+    config: Config,
+    prepare: Callable[[], Job],
+    place: Place,
+    wish: Wish,
+    begin: Callable[[Path], None],
+    bereaved: Callable[[int], None],
+) -> Any:
     """Work as one of a launcher's ranks. prepare: makes the job; rank 0 calls it, and the others take the job from rank 0. wish: tells this
-    rank to stop. begin: called with the run folder before the work.
+    rank to stop. begin: called with the run folder before the work. bereaved: called where other ranks did not
+    answer, with a file descriptor of the terminal.
 
     Raises JobFailed once this rank's failure is recorded and told, Stopped once all ranks have stopped, and what `prepare` raises.
     """
@@ -161,6 +170,8 @@ def joined(work: str, config: Config, prepare: Callable[[], Job], place: Place, 
                 _wait_for_all()
         raise
     except Exception as error:
+        if failures.kind_of(error) == "lost_peer":
+            bereaved(terminal)
         if run_dir is None or (isinstance(error, ConfigError) and not _has_group()):  # every rank refuses, and the first says so
             raise
         raise failures.JobFailed(_tell(run_dir, place, error, terminal)) from error
@@ -350,7 +361,7 @@ def _store_at(meeting: Meeting) -> Any:
     """The store in which the ranks of all nodes find each other."""
     from torch.distributed import TCPStore
 
-    limit = timedelta(seconds=_START_SECONDS)
+    limit = timedelta(seconds=START_SECONDS)
     return roll_call.store_of_attempt(TCPStore(meeting.host, meeting.port, None, False, timeout=limit), meeting.attempt)
 
 
@@ -368,7 +379,7 @@ def _join_group(work: str, config: Config, place: Place, store: Any = None) -> N
     if place == ALONE:
         store = dist.HashStore()
     else:  # ranks start up to minutes after one another, where their libraries come over a slow network
-        slowest = max(config.launch.timeout_seconds, _START_SECONDS)
+        slowest = max(config.launch.timeout_seconds, START_SECONDS)
         if store is None:
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=slowest)))
         roll_call.arrive(store, place.rank, place.world_size, slowest)
