@@ -189,7 +189,7 @@ class _Step:
     def _sums_seconds(self, rank: int) -> float:
         """What a rank calls once a step, but for fully_shard's."""
         sizes = {"tp": self.config.parallel.tp, "dp": int(self.config.parallel.dp), "embedding": 2, "world": self.config.processes}
-        stages = PipelinePlan(list(self.stages), [], 0.0, [])
+        stages = PipelinePlan(list(self.stages), [], Costs([], [], []))
         return sum(
             each.calls * collective_seconds(each.operation, sizes[each.group], each.bytes // each.calls, self.links[each.group])
             for each in once_traffic(self.config, stages, rank)
