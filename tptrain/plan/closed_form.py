@@ -46,7 +46,7 @@ def pipeline_seconds(schedule: str, ranks: Sequence[int], micro_batches: int, co
     if len(ranks) > p:  # interleaved, or gpipe with several stages a rank
         way = sum(whole) + hops + (m - 1) * max(whole)
         filling = sum(whole[: p - 1]) + 2 * c * (p - 1)
-        return max(way, m * slowest + filling + 2 * (len(ranks) // p - 1) * p * c)
+        return max(way, m * slowest + filling + 2 * (len(ranks) // p - 1) * p * c * (p > 1))
     if schedule == "gpipe":
         backward = [one + other for one, other in zip(inputs, weights, strict=True)]
         return sum(whole) + 2 * c * (p - 1) + (m - 1) * (max(forward) + max(backward))

@@ -156,10 +156,15 @@ class Step:
         if int(self.config.parallel.dp) == 1:
             return 0.0
         gathered, reduced = [0.0] * self.config.parallel.pp, [0.0] * self.config.parallel.pp
+        known: dict[tuple[int, bool, bool], tuple[float, float]] = {}  # stages of as many layers with the same ends are alike
         for stage, time in zip(self.stages, self.times, strict=True):
-            traffic = fully_shard_traffic(self.config, stage.first_layer, stage.last_layer)
-            for operation, hidden_by, sums in (("all_gather", time.forward, gathered), ("reduce_scatter", time.backward, reduced)):
-                sums[stage.rank] += self._exposed([each for each in traffic if each.operation == operation], hidden_by)
+            kind = (stage.last_layer - stage.first_layer, stage.first_layer == 0, stage.last_layer == self.config.model.num_layers)
+            if kind not in known:
+                traffic = fully_shard_traffic(self.config, stage.first_layer, stage.last_layer)
+                gathers, scatters = ([each for each in traffic if each.operation == name] for name in ("all_gather", "reduce_scatter"))
+                known[kind] = self._exposed(gathers, time.forward), self._exposed(scatters, time.backward)
+            gathered[stage.rank] += known[kind][0]
+            reduced[stage.rank] += known[kind][1]
         return sum(gathered) + max(reduced)
 
     def _exposed(self, traffic: Sequence[Traffic], hidden_by: float) -> float:
@@ -189,7 +194,7 @@ class Step:
     def _sums_seconds(self, rank: int) -> float:
         """What a rank calls once a step, but for fully_shard's."""
         sizes = {"tp": self.config.parallel.tp, "dp": int(self.config.parallel.dp), "embedding": 2, "world": self.config.processes}
-        stages = PipelinePlan(list(self.stages), [], self.costs(0.0))
+        stages = PipelinePlan(list(self.stages), [], Costs([], [], []))
         return sum(
             each.calls * collective_seconds(each.operation, sizes[each.group], each.bytes // each.calls, self.links[each.group])
             for each in once_traffic(self.config, stages, rank)
