@@ -139,14 +139,14 @@ def slurm(cfg: DictConfig, run_dir: Path) -> None:
 
 
 def plan(cfg: DictConfig, run_dir: Path) -> None:
-    """Print the stages of a config's pipeline, its bubble and its schedule; nothing is started."""
+    """Work out memory, traffic and time of a layout, or of all layouts of hardware.devices; nothing is trained."""
     from tptrain import environment
 
     if environment.given_place() is not None:
         raise ConfigError("tptrain plan starts nothing, but this is one of a launcher's processes: run it without torchrun")
-    from tptrain.plan import show
+    from tptrain.foresee import plan as foresee
 
-    show.plan(resolve(typed(cfg)))
+    foresee(typed(cfg), run_dir, _hydra_overrides())
 
 
 def data(cfg: DictConfig, run_dir: Path) -> None:
@@ -183,7 +183,7 @@ VERBS = {
     "export": Verb(export, "export", ExportConfig, {"run": "run", "to": "to", "checkpoint": "checkpoint.load"}, keeps=False),
     "eval": Verb(evaluate, "eval", EvalConfig, _EVAL_TEXTS, filled_in, keeps=False),
     "slurm": Verb(slurm, "slurm", SlurmConfig),
-    "plan": Verb(plan, keeps=False),
+    "plan": Verb(plan, "plan"),
     "plot": Verb(plot, "plot", PlotConfig, {"run": "run", "to": "to"}, keeps=False),
 }
 

@@ -50,7 +50,7 @@ def _one(config: Config, run_dir: Path) -> None:
     sys.stderr.flush()
     sys.stdout.write(show.schedule_file(config, found.pipeline))
     sys.stdout.flush()
-    _leave(config, run_dir, record.of_layout(found), lambda: pictures_of(found))
+    _leave(config, run_dir, record.of_forecast(found), lambda: pictures_of(found))
 
 
 def _many(config: Config, devices: int, run_dir: Path, fixed: Mapping[str, Any]) -> None:
@@ -64,7 +64,7 @@ def _many(config: Config, devices: int, run_dir: Path, fixed: Mapping[str, Any])
     _tell(show_search.facts(found))
     sys.stderr.flush()
     print("\n".join(each.layout.overrides for each in found.best), flush=True)
-    content = record.of_layout(found.best[0].forecast) | {"search": record.of_search(found)}
+    content = record.of_forecast(found.best[0].forecast) | {"search": show_search.of_search(found)}
     _leave(config, run_dir, content, lambda: {**pictures_of(found.best[0].forecast), **picture_of_search(found)})
 
 

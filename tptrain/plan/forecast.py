@@ -54,23 +54,23 @@ class Forecast:
         return traffic.calls * collective_seconds(traffic.operation, ranks, traffic.bytes // traffic.calls, self.links[traffic.group])
 
 
-def forecast(config: Config, pipeline: PipelinePlan | None = None) -> Forecast:
-    """What is known of a resolved config's layout. pipeline: its own, where that is made already.
+def forecast(config: Config, pipeline: PipelinePlan | None = None, time: StepTime | str | None = None) -> Forecast:
+    """What is known of a resolved config's layout. pipeline, time: its own, where they are worked out already.
 
     Raises ConfigError for a schedule file that cannot run.
     """
     pipeline = pipeline or describe(config)
     traffic = [step_traffic(config, pipeline, rank) for rank in range(config.parallel.pp)]
     links: dict[str, Link] | str
-    time: StepTime | str
     try:
         links = group_links(config)
     except ConfigError as error:
         links = str(error)
-    try:
-        time = step_time(config, pipeline)
-    except ConfigError as error:
-        time = str(error)
+    if time is None:
+        try:
+            time = step_time(config, pipeline)
+        except ConfigError as error:
+            time = str(error)
     return Forecast(config, pipeline, rank_memory(config, pipeline), traffic, links, time)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from tptrain.config import Config
@@ -24,11 +25,13 @@ from tptrain.plan.least_memory import Weights, least_bytes, weights_of
 from tptrain.plan.links import collective_seconds, group_links
 from tptrain.plan.peak import peak_of
 from tptrain.plan.pipeline import PipelinePlan, StagePlan, plan_of, stage_costs, stage_layers
-from tptrain.plan.stage_memory import StageMemory, stage_memory
-from tptrain.plan.stage_time import StageTime, stage_times
+from tptrain.plan.stage_memory import stage_memory
+from tptrain.plan.stage_time import Clock, StageTime
 from tptrain.plan.time import Step
 
 T = TypeVar("T")
+Kind = tuple[int, bool, bool]
+"""What makes stages alike: how many layers, whether the first one is among them, whether the last one."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,10 @@ class Stages:
     """Of each stage."""
     bounds: list[tuple[int, int]]
     """Its layers, as (first, one past last)."""
-    kinds: list[tuple[int, int]]
-    """The same, but of stages that are alike, of as many layers and with the same ends, those of one of them."""
+    kinds: dict[Kind, tuple[int, int]]
+    """Of stages that are alike the layers of one."""
+    kind_of: list[Kind]
+    """Of each stage."""
 
 
 class Prices:
@@ -70,8 +75,9 @@ class Prices:
         """What a step takes besides its pipeline."""
         stages = self._stages(layout, config)
         plans = [StagePlan(rank, *bounds, 0, 0) for rank, bounds in zip(stages.ranks, stages.bounds, strict=True)]
-        step = Step(config, plans, layout.schedule.startswith("zb_"))
-        return step.dp_seconds() + step.other_seconds()
+        step = Step(config, plans, layout.schedule.startswith("zb_"), self._times(layout, config, stages))
+        own = (layout.tp, layout.pp, layout.schedule, layout.stages_per_rank, layout.sequence_parallel)
+        return step.dp_seconds() + self._once(("other", *own), step.other_seconds)
 
     def least_bytes(self, layout: Layout, config: Config) -> float:
         """What the fullest rank certainly needs."""
@@ -82,8 +88,8 @@ class Prices:
     def bytes_of_fullest(self, layout: Layout, config: Config, limit: float = math.inf) -> float:
         """What the fullest rank needs; of the first rank that needs more than the limit, if any does."""
         stages = self._stages(layout, config)
-        known = {bounds: stage_memory(config, *bounds) for bounds in set(stages.kinds)}
-        memory, most = [known[bounds] for bounds in stages.kinds], 0.0
+        known = {kind: stage_memory(config, *bounds) for kind, bounds in stages.kinds.items()}
+        memory, most = [known[kind] for kind in stages.kind_of], 0.0
         for rank in range(layout.pp):
             most = max(most, peak_of(config, memory, stages.ranks, rank).total)
             if most > limit:
@@ -107,34 +113,26 @@ class Prices:
         def made() -> Stages:
             ranks = placement(SCHEDULES[layout.schedule](layout.pp, layout.stages_per_rank, 1))
             bounds, layers = stage_layers(config, ranks), config.model.num_layers
-            firsts: dict[tuple[int, bool, bool], tuple[int, int]] = {}
-            kinds = [firsts.setdefault((last - first, first == 0, last == layers), (first, last)) for first, last in bounds]
-            return Stages(ranks, bounds, kinds)
+            kind_of = [(last - first, first == 0, last == layers) for first, last in bounds]
+            return Stages(ranks, bounds, dict(zip(kind_of, bounds, strict=True)), kind_of)
 
         return self._once(("stages", layout.pp, layout.schedule, layout.stages_per_rank), made)
 
     def _times(self, layout: Layout, config: Config, stages: Stages) -> list[StageTime]:
         own = (layout.tp, layout.micro_batch_size, layout.recompute, layout.sequence_parallel)
-        known: dict[tuple[int, bool, bool], StageTime] = self._once(("times", *own), dict)
-        layers = config.model.num_layers
-        kinds = {bounds: (bounds[1] - bounds[0], bounds[0] == 0, bounds[1] == layers) for bounds in set(stages.kinds)}
-        missing = [bounds for bounds, kind in kinds.items() if kind not in known]
-        if missing:
-            known |= dict(zip((kinds[bounds] for bounds in missing), stage_times(config, missing), strict=True))
-        found = {bounds: known[kind] for bounds, kind in kinds.items()}
-        return [found[bounds] for bounds in stages.kinds]
+        clock, known = self._once(("clock", *own), lambda: (Clock(config), {}))
+        for kind in stages.kinds.keys() - known.keys():
+            known[kind] = clock.stage(*kind)
+        return [known[kind] for kind in stages.kind_of]
 
     def _weights(self, layout: Layout, config: Config) -> Weights:
         def made() -> Weights:
-            stages = self._stages(layout, config)
+            stages, own = self._stages(layout, config), ("memory", layout.tp, layout.pp)
+            known = {kind: self._once((*own, kind), partial(stage_memory, config, *bounds)) for kind, bounds in stages.kinds.items()}
             layers = [last - first for first, last in stages.bounds]
-            return weights_of(stages.ranks, layers, [self._memory(layout, config, bounds) for bounds in stages.kinds])
+            return weights_of(stages.ranks, layers, [known[kind] for kind in stages.kind_of])
 
         return self._once(("weights", layout.tp, layout.pp, layout.schedule, layout.stages_per_rank), made)
-
-    def _memory(self, layout: Layout, config: Config, bounds: tuple[int, int]) -> StageMemory:
-        """Of which no more is used than the weights."""
-        return self._once(("memory", layout.tp, layout.pp, bounds), lambda: stage_memory(config, *bounds))
 
     def _transfer(self, layout: Layout, config: Config) -> float:
         if layout.pp == 1:

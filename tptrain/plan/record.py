@@ -10,6 +10,7 @@ from typing import Any
 from tptrain.config import Config
 from tptrain.plan.forecast import Forecast
 from tptrain.plan.show import components, parts_of
+from tptrain.plan.time import StepTime
 
 VERSION = 1
 """Grows when a key changes its meaning or goes."""
@@ -21,10 +22,9 @@ def as_json(content: dict[str, Any]) -> bytes:
     return json.dumps(_finite({"version": VERSION, **content}), indent=1).encode() + b"\n"
 
 
-def of_layout(forecast: Forecast) -> dict[str, Any]:
+def of_forecast(forecast: Forecast) -> dict[str, Any]:
     """One layout."""
     config, time, training = forecast.config, forecast.time, forecast.training
-    known = None if isinstance(time, str) else time
     return {
         "layout": of_config(config),
         "hardware": dataclasses.asdict(config.hardware),
@@ -47,11 +47,7 @@ def of_layout(forecast: Forecast) -> dict[str, Any]:
             for rank, traffic in enumerate(forecast.traffic)
             for each in traffic
         ],
-        "step_seconds": known and known.step_seconds,
-        "step_seconds_by_part": known and parts_of(known),
-        "tokens_per_second": known and known.tokens_per_second,
-        "mfu": known and known.mfu,
-        "bubble_fraction": known and known.bubble_fraction,
+        **of_time(None if isinstance(time, str) else time),
         "training_tokens": training and training.tokens,
         "training_days": training and training.days,
         "training_dollars": training and training.dollars,
@@ -59,14 +55,21 @@ def of_layout(forecast: Forecast) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def of_time(time: StepTime | None) -> dict[str, Any]:
+    """A step."""
+    return {
+        "step_seconds": time and time.step_seconds,
+        "step_seconds_by_part": time and parts_of(time),
+        "tokens_per_second": time and time.tokens_per_second,
+        "mfu": time and time.mfu,
+        "bubble_fraction": time and time.bubble_fraction,
+    }
+
+
 def of_config(config: Config) -> dict[str, Any]:
     """The layout of a resolved config, and its batch."""
     parallel = config.parallel
-    return {
-        **dataclasses.asdict(parallel),
-        "global_batch_size": config.batch_size,
-        "processes": config.processes,
-    }  # fmt: skip
+    return {**dataclasses.asdict(parallel), "global_batch_size": config.batch_size, "processes": config.processes}
 
 
 def _finite(value: Any) -> Any:

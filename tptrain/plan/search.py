@@ -58,7 +58,7 @@ class Priced:
     @cached_property
     def forecast(self) -> Forecast:
         """All that is known of it."""
-        return forecast(self.config, self.pipeline)
+        return forecast(self.config, self.pipeline, self.time)
 
 
 @dataclass(frozen=True)

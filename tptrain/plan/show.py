@@ -20,23 +20,23 @@ LABEL = 12
 
 def stage_table(described: PipelinePlan) -> Table:
     """A row a stage."""
-    table = _table("stage", "rank", "layers", "parameters", "forward FLOPs")
+    rows = table("stage", "rank", "layers", "parameters", "forward FLOPs")
     whole = sum(stage.forward_flops_per_token for stage in described.stages)
     for number, stage in enumerate(described.stages):
         first, last = stage.first_layer, stage.last_layer - 1
         layers = f"{first}" if first == last else f"{first}-{last}"
         share = stage.forward_flops_per_token / whole
-        table.add_row(f"{number}", f"{stage.rank}", layers, f"{stage.parameters:,}", f"{100 * share:.1f} %")
-    return table
+        rows.add_row(f"{number}", f"{stage.rank}", layers, f"{stage.parameters:,}", f"{100 * share:.1f} %")
+    return rows
 
 
 def memory_table(ranks: list[RankMemory]) -> Table:
     """A row a pipeline rank, what each component takes, and the sum."""
     names = [name for name in components(ranks[0]) if any(components(rank)[name] for rank in ranks)]
-    table = _table("rank", *names, "in all", title="memory of a rank")
+    rows = table("rank", *names, "in all", title="memory of a rank")
     for rank in ranks:
-        table.add_row(f"{rank.pp_rank}", *(as_bytes(components(rank)[name]) for name in names), as_bytes(rank.total))
-    return table
+        rows.add_row(f"{rank.pp_rank}", *(as_bytes(components(rank)[name]) for name in names), as_bytes(rank.total))
+    return rows
 
 
 def components(rank: RankMemory) -> dict[str, int]:
@@ -46,20 +46,20 @@ def components(rank: RankMemory) -> dict[str, int]:
 
 def traffic_table(forecast: Forecast) -> Table | None:
     """A row a group and operation: of the pipeline rank that sends most over it, in one step. None where nothing is sent."""
-    rows: dict[tuple[str, str], tuple[int, int, float | None, int]] = {}
+    most: dict[tuple[str, str], tuple[int, int, float | None, int]] = {}
     for rank, traffic in enumerate(forecast.traffic):
-        for key in {(each.group, each.operation) for each in traffic if each.calls}:
+        for key in dict.fromkeys((each.group, each.operation) for each in traffic if each.calls):
             mine = [each for each in traffic if (each.group, each.operation) == key]
             sent, taken = sum(each.bytes for each in mine), [forecast.seconds(each) for each in mine]
-            if sent > rows.get(key, (0, -1, 0, 0))[1]:
+            if sent > most.get(key, (0, -1, 0, 0))[1]:
                 known = [seconds for seconds in taken if seconds is not None]
-                rows[key] = (sum(each.calls for each in mine), sent, sum(known) if len(known) == len(taken) else None, rank)
-    if not rows:
+                most[key] = (sum(each.calls for each in mine), sent, sum(known) if len(known) == len(taken) else None, rank)
+    if not most:
         return None
-    table = _table("group", "operation", "calls", "bytes", "seconds", "rank", title="communication of a step, of the rank with most of it")
-    for (group, operation), (calls, sent, seconds, rank) in rows.items():
-        table.add_row(group_of(group), operation, f"{calls:,}", as_bytes(sent), "unknown" if seconds is None else as_seconds(seconds), f"{rank}")
-    return table
+    rows = table("group", "operation", "calls", "bytes", "seconds", "rank", title="communication of a step, of the rank with most of it")
+    for (group, operation), (calls, sent, seconds, rank) in most.items():
+        rows.add_row(group_of(group), operation, f"{calls:,}", as_bytes(sent), "unknown" if seconds is None else as_seconds(seconds), f"{rank}")
+    return rows
 
 
 def group_of(name: str) -> str:
@@ -124,8 +124,9 @@ def schedule_file(config: Config, described: PipelinePlan) -> str:
     return f"# {' '.join(keys)}\n{dumps(described.schedule)}"
 
 
-def _table(*headings: str, title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left")
+def table(*headings: str, title: str | None = None) -> Table:
+    """An empty one with these columns."""
+    made = Table(title=title, title_justify="left")
     for heading in headings:
-        table.add_column(heading, justify="right")
-    return table
+        made.add_column(heading, justify="right")
+    return made

@@ -94,10 +94,10 @@ def training(config: Config, step: StepTime) -> Training:
 class Step:
     """The pieces of a step, priced."""
 
-    def __init__(self, config: Config, stages: Sequence[StagePlan], splits: bool) -> None:
-        """splits: whether the schedule puts weight gradients off."""
+    def __init__(self, config: Config, stages: Sequence[StagePlan], splits: bool, times: Sequence[StageTime] | None = None) -> None:
+        """splits: whether the schedule puts weight gradients off. times: of the stages, where they are known already."""
         self.config, self.stages, self.splits = config, stages, splits
-        self.times = stage_times(config, [(stage.first_layer, stage.last_layer) for stage in stages])
+        self.times = times or stage_times(config, [(stage.first_layer, stage.last_layer) for stage in stages])
         self.links = group_links(config)
         self.transfer = collective_seconds("send", 2, message_bytes(config), self.links["pp_up"]) if config.parallel.pp > 1 else 0.0
 
