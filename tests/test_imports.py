@@ -232,7 +232,7 @@ def test_the_parser_sees_imports() -> None:
     """In functions and in every form: else the tests above hold of anything."""
     assert {"mesh", "trainer", "checkpoint", "report", "config"} <= imported_rooms(PACKAGE / "train.py")
     assert "train" in imported_rooms(PACKAGE / "ranks.py"), "imported in a function"
-    assert {"launch", "job"} <= imported_rooms(PACKAGE / "cli.py"), "from tptrain import launch"
+    assert {"launch", "verbs"} <= imported_rooms(PACKAGE / "cli.py"), "from tptrain import launch"
     assert ("data", "store", "TokenStore") in imported_modules(PACKAGE / "data" / "__init__.py")
 
 
