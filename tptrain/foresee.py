@@ -1,7 +1,7 @@
 """The verb `plan`: works out one layout or searches all of them, says it, and leaves plan.json and pictures in the run folder.
 
-stdout has what a program goes on with: of one layout its schedule as a file, of a search the overrides of the best layouts, a line each. The
-rest goes to stderr, and its last line names the run folder.
+stdout has what a program goes on with: of one layout its schedule as a file, of a search the overrides of the best layouts, a line each.
+The rest goes to stderr, and its last line names the run folder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 from tptrain.config import Config, refuse, resolve
 from tptrain.files import near, write_atomically
@@ -22,6 +24,10 @@ from tptrain.plan.search import Found, search
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_WIDEST = 400
+"""Columns of a table, at most."""
 
 
 def plan(config: Config, run_dir: Path, given: Sequence[str]) -> None:
@@ -117,10 +123,13 @@ def _refuse_devices(config: Config, devices: int, fixed: Mapping[str, Any], foun
     return refuse("hardware.devices", devices, rule.replace(": ", "; "), f"use {others or 'another number'}")
 
 
-def _say(*tables: RenderableType | None) -> None:
-    terminal = Console(stderr=True, highlight=False, markup=False)
+def _say(*tables: Table | None) -> None:
+    """Print tables, each as wide as it is: cells cut off would say nothing."""
     for table in tables:
         if table is not None:
+            terminal = Console(stderr=True, highlight=False, markup=False)
+            widest = terminal.options.update(max_width=_WIDEST)
+            terminal.width = max(terminal.width, Measurement.get(terminal, widest, table).maximum)
             terminal.print(table)
 
 

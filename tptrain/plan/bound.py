@@ -1,8 +1,8 @@
 """A time that a pipeline's step is certain not to beat, without its schedule: what a search leaves out by it, it can leave out.
 
 A rank's first computation is a forward of its first stage, which waits for a forward of every stage before. Then come all its
-computations, one after another. Where a backward is one action (B), the last of them is a backward of that first stage, as those of a rank's
-later stages come before it, and the stages before that one follow with a backward each. For each rank:
+computations, one after another. Where a backward is one action (B), the last of them is a backward of that first stage, as those of a
+rank's later stages come before it, and the stages before that one follow with a backward each. For each rank:
 
     step >= forwards of the stages before its first + m * all its stages [+ backwards of the stages before, where B is one action]
 
@@ -16,7 +16,7 @@ With equal stages and m >= p this is the step of 1f1b, gpipe and interleaved (Na
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from tptrain.pipeline.simulate import Costs
 
@@ -26,7 +26,7 @@ def least_seconds(ranks: Sequence[int], micro_batches: int, costs: Costs, splits
     forward, weights = costs.forward, costs.weight_gradient
     whole = [one + other for one, other in zip(costs.input_gradient, weights, strict=True)]
     gradient = costs.input_gradient if splits else whole
-    hops = [costs.transfer * (one != other) for one, other in zip(ranks, ranks[1:], strict=False)] + [0.0]
+    hops = [costs.transfer * (one != other) for one, other in pairwise(ranks)] + [0.0]
     there = list(accumulate(map(float.__add__, map(float, forward), hops), initial=0.0))
     back = list(accumulate(map(float.__add__, map(float, gradient), hops), initial=weights[0] if splits else 0.0))
     busy: dict[int, float] = {}

@@ -1,22 +1,21 @@
 """Memory that a rank is certain to need, without its list of actions: what does not fit by it need not be walked.
 
-Counted are the weights with all that belongs to them, and what blocks keep of as many micro-batches as a schedule surely keeps at once when
-its first backward begins:
+Counted are the weights with all that belongs to them, and what the smallest of a rank's stages keeps, as often as a schedule surely keeps
+something when the rank's first backward begins:
 
-    gpipe         all m of each stage
+    gpipe         m v
     1f1b, zb_h1   rank r: min(m, p - r)
-    interleaved   rank r: min(m v, (v - 1) p + 2 (p - 1 - r) + 1) of one stage or another
-    zb_v          rank 0: the forwards that it has time for until the first micro-batch is back from the other ranks
-
-Left out are embedding, head and loss, messages, and what computations need beside what is kept.
+    interleaved   rank r: min(m v, (v - 1) p + 2 (p - 1 - r) + 1)
+    zb_v          rank 0: the forwards that it has time for until the first micro-batch is back from the other ranks, and that one's second
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tptrain.config import Config
+from tptrain.pipeline.actions import Action, Kind
 from tptrain.plan.memory import GPU_MARGIN
 from tptrain.plan.stage_memory import StageMemory
 
@@ -47,18 +46,49 @@ def weights_of(ranks: Sequence[int], layers: Sequence[int], stages: Sequence[Sta
     return Weights(held, gradients, shortest, sum(layers[1:-1]) // layers[0])
 
 
-def least_bytes(config: Config, weights: Weights, block: int) -> float:
-    """Of the fullest rank of a resolved config. block: bytes that a block keeps of a micro-batch."""
+def least_bytes(config: Config, weights: Weights, kept: Sequence[float], extra: Sequence[float] | None = None) -> float:
+    """Of the fullest rank of a resolved config. kept: bytes of a micro-batch on each rank's smallest stage. extra: what a backward needs
+    besides there."""
     whole = not config.parallel.schedule.startswith("zb_") and config.parallel.micro_batches > 1
     most = 0.0
-    for rank, (held, gradients, layers) in enumerate(zip(weights.held, weights.gradients, weights.layers, strict=True)):
-        kept = live_stages(config, weights, rank) * layers * block
-        most = max(most, held + (max(kept, kept - layers * block + gradients) if whole else kept))
+    for rank, (held, gradients, own) in enumerate(zip(weights.held, weights.gradients, kept, strict=True)):
+        live = live_stages(config, weights, rank) * own
+        most = max(most, held + max(live + (extra[rank] if extra else 0), live - own + gradients if whole else 0))
     return most * (1 + GPU_MARGIN * (config.hardware.device != "cpu"))
 
 
+def walked_bytes(config: Config, actions: Sequence[Action], stages: Mapping[int, StageMemory]) -> float:
+    """Of one rank, by its list of computations, messages left out. stages: its own, by number. That is near to what it needs; what it
+    spares is to work out when each message of the whole pipeline travels."""
+    held = sum(stage.parameters + stage.optimizer + stage.copies for stage in stages.values())
+    live, most = 0, 0
+    weights, gradients = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0)
+    completing = {action.stage: action for action in actions if action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)}
+    for action in actions:
+        kind, number, _ = action
+        stage = stages[number]
+        if kind is Kind.FORWARD:
+            weights[number] = stage.gathered_weights
+            live += stage.activations
+            now = live + stage.forward_extra
+        elif kind is Kind.WEIGHT_GRADIENT:
+            gradients[number] = stage.gathered_gradients or stage.gradients
+            live -= stage.deferred
+            now = live
+        else:
+            now = live + stage.backward_extra
+            live += (stage.deferred if kind is Kind.INPUT_GRADIENT else 0) - stage.activations
+        most = max(most, now + sum(weights.values()) + sum(gradients.values()))
+        if kind is Kind.BACKWARD:
+            gradients[number] = stage.gathered_gradients or stage.gradients
+        if completing[number] == action:
+            weights[number], gradients[number] = 0, stage.gradients
+    return (held + most) * (1 + GPU_MARGIN * (config.hardware.device != "cpu"))
+
+
 def live_stages(config: Config, weights: Weights, rank: int) -> int:
-    """Activations that a rank keeps at once, at least, when a backward begins; those of one stage and one micro-batch count as one."""
+    """Activations that a rank keeps at once, at least, when its first backward begins; those of one stage and one micro-batch count as
+    one."""
     parallel = config.parallel
     p, v, m = parallel.pp, int(parallel.stages_per_rank), parallel.micro_batches
     if parallel.schedule == "gpipe":
@@ -66,5 +96,5 @@ def live_stages(config: Config, weights: Weights, rank: int) -> int:
     if parallel.schedule == "interleaved":
         return min(m * v, (v - 1) * min(m, p) + 2 * (p - 1 - rank) + 1)
     if parallel.schedule == "zb_v":
-        return max(1, min(m, 2 * p - 1, weights.others)) if rank == 0 else 1
+        return min(m, 2 * p - 1, 1 + weights.others) + 1 if rank == 0 else 2
     return min(m, p - rank)

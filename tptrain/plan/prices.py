@@ -1,7 +1,7 @@
 """What layouts need and take, with everything worked out once that many of them share.
 
-What a stage takes depends on tp, the micro-batch, recomputation and sequence parallelism, and on its layers; which layers a stage has depends
-on pp and the schedule. Thousands of layouts are combinations of a few hundred of either.
+What a stage takes depends on tp, the micro-batch, recomputation and sequence parallelism, and on its layers; which layers a stage has
+depends on pp and the schedule. Thousands of layouts are combinations of a few hundred of either.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from tptrain.config import Config
-from tptrain.pipeline.actions import placement
+from tptrain.pipeline.actions import Schedule, placement, with_transfers
 from tptrain.pipeline.schedules import SCHEDULES
 from tptrain.pipeline.simulate import Costs
 from tptrain.pipeline.zero_bubble import zb_v
@@ -21,11 +21,11 @@ from tptrain.plan.activations import Sizes, block_memory
 from tptrain.plan.bound import least_seconds
 from tptrain.plan.communication import message_bytes
 from tptrain.plan.layouts import Layout, Layouts
-from tptrain.plan.least_memory import Weights, least_bytes, weights_of
+from tptrain.plan.least_memory import Weights, least_bytes, walked_bytes, weights_of
 from tptrain.plan.links import collective_seconds, group_links
-from tptrain.plan.peak import peak_of
+from tptrain.plan.memory import largest
 from tptrain.plan.pipeline import PipelinePlan, StagePlan, plan_of, stage_costs, stage_layers
-from tptrain.plan.stage_memory import stage_memory
+from tptrain.plan.stage_memory import StageMemory, stage_memory
 from tptrain.plan.stage_time import Clock, StageTime
 from tptrain.plan.time import Step
 
@@ -80,34 +80,59 @@ class Prices:
         return step.dp_seconds() + self._once(("other", *own), step.other_seconds)
 
     def least_bytes(self, layout: Layout, config: Config) -> float:
-        """What the fullest rank certainly needs."""
-        own = (layout.tp, layout.micro_batch_size, layout.recompute, layout.sequence_parallel)
+        """What the fullest rank certainly needs, for its weights and what its blocks keep."""
+        own, weights = (layout.tp, layout.micro_batch_size, layout.recompute, layout.sequence_parallel), self._weights(layout, config)
         block = self._once(("block", *own), lambda: block_memory(config, Sizes.of(config)).kept)
-        return least_bytes(config, self._weights(layout, config), block)
+        return least_bytes(config, weights, [layers * block for layers in weights.layers])
+
+    def likely_bytes(self, layout: Layout, config: Config) -> float:
+        """What it certainly needs, with all that its stages keep and a backward needs besides: close to what it needs in the end."""
+        stages, known = self._stages(layout, config), self._memory(layout, config)
+        kept, extra = [math.inf] * layout.pp, [math.inf] * layout.pp
+        for rank, kind in zip(stages.ranks, stages.kind_of, strict=True):
+            kept[rank], extra[rank] = min(kept[rank], known[kind].activations), min(extra[rank], known[kind].backward_extra)
+        return least_bytes(config, self._weights(layout, config), kept, extra)
 
     def bytes_of_fullest(self, layout: Layout, config: Config, limit: float = math.inf) -> float:
-        """What the fullest rank needs; of the first rank that needs more than the limit, if any does."""
-        stages = self._stages(layout, config)
-        known = {kind: stage_memory(config, *bounds) for kind, bounds in stages.kinds.items()}
-        memory, most = [known[kind] for kind in stages.kind_of], 0.0
-        for rank in range(layout.pp):
-            most = max(most, peak_of(config, memory, stages.ranks, rank).total)
+        """What the fullest rank needs; of one that surely needs more than the limit, if any does."""
+        stages, known = self._stages(layout, config), self._memory(layout, config)
+        memory = [known[kind] for kind in stages.kind_of]
+        first = {number: memory[number] for number, rank in enumerate(stages.ranks) if rank == 0}
+        most = walked_bytes(config, self._short(layout, config)[0], first)
+        if most > limit:
+            return most
+        most = 0.0
+        for rank, actions in enumerate(self._actions(layout, config)):
+            most = max(most, largest(config, memory, stages.ranks, rank, actions).total)
             if most > limit:
                 break
         return most
 
     def pipeline(self, layout: Layout, config: Config) -> PipelinePlan:
         """As `describe` has it, without its proof: the schedules that have names are proved in the tests."""
-        sizes = (layout.pp, layout.stages_per_rank, config.parallel.micro_batches)
-
-        def made() -> PipelinePlan:
-            if layout.schedule == "zb_v":
-                return plan_of(config, zb_v(*sizes, stage_costs(config, self._stages(layout, config).bounds)))
-            return plan_of(config, SCHEDULES[layout.schedule](*sizes))
-
-        return self._once(("pipeline", layout.schedule, layout.recompute, *sizes), made)
+        m = config.parallel.micro_batches
+        return self._once(
+            ("pipeline", *_made_for(layout), m),
+            lambda: plan_of(config, self._schedule(layout, config, m)),
+        )
 
     # ---- what layouts share --------------------------------------------------------------------------------
+
+    def _schedule(self, layout: Layout, config: Config, micro_batches: int) -> Schedule:
+        sizes = (layout.pp, layout.stages_per_rank, micro_batches)
+        if layout.schedule == "zb_v":
+            return zb_v(*sizes, stage_costs(config, self._stages(layout, config).bounds))
+        return SCHEDULES[layout.schedule](*sizes)
+
+    def _short(self, layout: Layout, config: Config) -> Schedule:
+        """With no more micro-batches than make the memory what it is."""
+        m = enough_micro_batches(layout, config.parallel.micro_batches)
+        return self._once(("short", *_made_for(layout), m), lambda: self._schedule(layout, config, m))
+
+    def _actions(self, layout: Layout, config: Config) -> Schedule:
+        """The same with transfers."""
+        m = enough_micro_batches(layout, config.parallel.micro_batches)
+        return self._once(("actions", *_made_for(layout), m), lambda: with_transfers(self._short(layout, config)))
 
     def _stages(self, layout: Layout, config: Config) -> Stages:
         def made() -> Stages:
@@ -120,10 +145,14 @@ class Prices:
 
     def _times(self, layout: Layout, config: Config, stages: Stages) -> list[StageTime]:
         own = (layout.tp, layout.micro_batch_size, layout.recompute, layout.sequence_parallel)
-        clock, known = self._once(("clock", *own), lambda: (Clock(config), {}))
+        clock = self._once(("clock", *own), lambda: Clock(config))
+        known: dict[Kind, StageTime] = self._once(("times", *own), dict)
         for kind in stages.kinds.keys() - known.keys():
             known[kind] = clock.stage(*kind)
         return [known[kind] for kind in stages.kind_of]
+
+    def _memory(self, layout: Layout, config: Config) -> dict[Kind, StageMemory]:
+        return {kind: stage_memory(config, *bounds) for kind, bounds in self._stages(layout, config).kinds.items()}
 
     def _weights(self, layout: Layout, config: Config) -> Weights:
         def made() -> Weights:
@@ -146,3 +175,16 @@ class Prices:
             self._known[key] = make()
         found: T = self._known[key]
         return found
+
+
+def _made_for(layout: Layout) -> tuple[Hashable, ...]:
+    """What a schedule depends on besides its micro-batches; zb_v heeds what stages cost, of which recomputation is a part."""
+    return layout.schedule, layout.pp, layout.stages_per_rank, layout.recompute
+
+
+def enough_micro_batches(layout: Layout, micro_batches: int) -> int:
+    """So many that with more the memory would be no larger, but for the batch's tokens: once every rank has begun its backwards, a
+    schedule repeats itself. gpipe keeps all; interleaved repeats itself where its groups are alike."""
+    if layout.schedule == "gpipe" or (layout.schedule == "interleaved" and micro_batches % layout.pp):
+        return micro_batches
+    return min(micro_batches, 3 * layout.pp if layout.schedule == "interleaved" else 2 * layout.pp + 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from tptrain.config import Config
@@ -17,7 +18,7 @@ VERSION = 1
 NAME = "plan.json"
 
 
-def as_json(content: dict[str, Any]) -> bytes:
+def as_json(content: Mapping[str, Any]) -> bytes:
     """The file's content: what is no finite number is null."""
     return json.dumps(_finite({"version": VERSION, **content}), indent=1).encode() + b"\n"
 

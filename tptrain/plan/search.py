@@ -3,9 +3,10 @@
 Every layout gets a memory that it certainly needs and a step that it certainly does not beat (`least_memory.py`, `bound.py`), which take
 microseconds. Then those that may fit wait in a queue, by their bound, and what comes to its front is priced better:
 
-    its bound gets what dp and the end of the step add  ->  its memory is worked out exactly  ->  its step is simulated
+    its memory with what a backward needs, its bound with what dp and the step's end add  ->  its memory exactly, its step simulated
 
-What comes out of the queue simulated is the next best, as all others have a bound that is no less. So few are simulated, and none is missed.
+What comes out of the queue simulated is the next best, as all others have a bound that is no less. So few are simulated, and none is
+missed.
 """
 
 from __future__ import annotations
@@ -120,6 +121,9 @@ def _fastest(prices: Prices, candidates: list[Candidate], device_bytes: float, c
         candidate = candidates[number]
         layout, config = candidate.layout, prices.config(candidate.layout)
         if known == 0:
+            candidate.least_bytes = prices.likely_bytes(layout, config)
+            if candidate.missing_bytes(device_bytes):
+                continue
             seconds = candidate.least_seconds = seconds + prices.outside_seconds(layout, config)
         else:
             candidate.least_bytes = prices.bytes_of_fullest(layout, config, limit=device_bytes)

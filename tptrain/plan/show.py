@@ -50,15 +50,17 @@ def traffic_table(forecast: Forecast) -> Table | None:
     for rank, traffic in enumerate(forecast.traffic):
         for key in dict.fromkeys((each.group, each.operation) for each in traffic if each.calls):
             mine = [each for each in traffic if (each.group, each.operation) == key]
-            sent, taken = sum(each.bytes for each in mine), [forecast.seconds(each) for each in mine]
+            sent, each_takes = sum(each.bytes for each in mine), [forecast.seconds(each) for each in mine]
             if sent > most.get(key, (0, -1, 0, 0))[1]:
-                known = [seconds for seconds in taken if seconds is not None]
-                most[key] = (sum(each.calls for each in mine), sent, sum(known) if len(known) == len(taken) else None, rank)
+                known = [seconds for seconds in each_takes if seconds is not None]
+                most[key] = (sum(each.calls for each in mine), sent, sum(known) if len(known) == len(each_takes) else None, rank)
     if not most:
         return None
     rows = table("group", "operation", "calls", "bytes", "seconds", "rank", title="communication of a step, of the rank with most of it")
     for (group, operation), (calls, sent, seconds, rank) in most.items():
-        rows.add_row(group_of(group), operation, f"{calls:,}", as_bytes(sent), "unknown" if seconds is None else as_seconds(seconds), f"{rank}")
+        rows.add_row(
+            group_of(group), operation, f"{calls:,}", as_bytes(sent), "unknown" if seconds is None else as_seconds(seconds), f"{rank}"
+        )
     return rows
 
 

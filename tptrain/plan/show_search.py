@@ -11,18 +11,19 @@ from tptrain.config import ConfigError, refuse
 from tptrain.plan.layouts import Layout
 from tptrain.plan.record import of_time
 from tptrain.plan.search import Candidate, Found
-from tptrain.plan.show import parts_of, table
+from tptrain.plan.show import table
 from tptrain.plan.units import as_bytes, as_seconds, percent
 
 _UNFITTING = 5
 """Rows of layouts that do not fit."""
 _COLUMNS = ("memory_bytes_at_least", "missing_bytes_at_least", "step_seconds_at_least", "memory_bytes", "step_seconds")
-_KEYS = ("tp", "pp", "dp", "schedule", "stages", "micro-batch", "recompute", "sequence parallel")
+_KEYS = ("tp", "pp", "dp", "schedule", "stages", "size", "recompute", "split")
+"""Of a layout, as short as a table asks for; `docs/planning.md` says them in full."""
 
 
 def best_table(found: Found) -> Table:
     """A row a layout, the fastest first."""
-    rows = table("", *_KEYS, "tokens/s", "MFU", "step", "bubble", "memory", title=f"the best layouts of {found.devices} devices")
+    rows = table("", *_KEYS, "tokens/s", "MFU", "step", "bubble", "memory", title=f"best layouts of {found.devices} devices")
     for number, each in enumerate(found.best, 1):
         time = each.time
         speed = (f"{time.tokens_per_second:,.0f}", percent(time.mfu), as_seconds(time.step_seconds), percent(time.bubble_fraction))
@@ -32,7 +33,7 @@ def best_table(found: Found) -> Table:
 
 def unfitting_table(found: Found) -> Table | None:
     """Of the layouts that might be faster than the best ones, were their memory not short, those that miss least."""
-    rows = table(*_KEYS, "step, at least", "missing, at least", title="too large, though they might be as fast")
+    rows = table(*_KEYS, "step from", "missing from", title="too large, though they might be as fast")
     near = [each for each in found.unfitting if each.least_seconds is not None]
     for each in sorted(near, key=lambda each: each.least_bytes)[:_UNFITTING]:
         rows.add_row(*_cells(each.layout), as_seconds(each.least_seconds or 0), as_bytes(each.missing_bytes(found.device_bytes)))
@@ -40,13 +41,13 @@ def unfitting_table(found: Found) -> Table | None:
 
 
 def facts(found: Found) -> list[tuple[str, str]]:
-    """How the search went, and what each of the best is to be typed as."""
+    """How the search went."""
     whole, unfitting = len(found.candidates), len(found.unfitting)
     simulated = sum(each.step_seconds is not None for each in found.candidates)
     lines = [("searched", f"{whole:,} layouts: {unfitting:,} do not fit into {as_bytes(found.device_bytes)}, {simulated:,} were simulated")]
     if found.config.train.precision == "fp32" and found.config.hardware.device == "cuda":
         lines.append(("precision", "train.precision=fp32; bf16 is faster on such devices"))
-    return [*lines, *((f"{number}", each.layout.overrides) for number, each in enumerate(found.best, 1))]
+    return [*lines, ("overrides", "of the best, to type beside the same command, the fastest first:")]
 
 
 def refuse_memory(found: Found) -> ConfigError:
@@ -54,7 +55,8 @@ def refuse_memory(found: Found) -> ConfigError:
     assert found.nearest is not None
     nearest, device = found.nearest, as_bytes(found.device_bytes)
     missing = as_bytes(nearest.missing_bytes(found.device_bytes))
-    rule = f"has {len(found.candidates):,} layouts, and none fits into a device's {device}; {missing} are missing with {nearest.layout.overrides}"
+    count, with_least = f"{len(found.candidates):,} layouts", nearest.layout.overrides
+    rule = f"has {count}, and none fits into a device's {device}; {missing} are missing with {with_least}"
     return refuse("hardware.devices", found.devices, rule, "use more devices, a smaller model or batch, or devices of more memory")
 
 
