@@ -1,8 +1,8 @@
 """A run's config: from what was asked to what will run.
 
 `resolve` checks each value (`config_values.py`) and which combinations make sense, and fills in what follows; or it raises one
-`ConfigError`, whose text is one line: the key, its value, the rule, and what would do. Nothing here imports torch, so that a refusal is quick.
-The schema (`schema.py`) is given on from here.
+`ConfigError`, whose text is one line: the key, its value, the rule, and what would do. Nothing here imports torch, so that a refusal is
+quick. The schema (`schema.py`) is given on from here.
 """
 
 from __future__ import annotations
