@@ -38,7 +38,7 @@ from tptrain.stop import numbers as stop_signals
 _LONG = timedelta(days=30)
 """More than any preparation takes. Whoever waits so long is released earlier, with an error, where rank 0 dies."""
 
-START_SECONDS = 300.0
+_START_SECONDS = 300.0
 """How long ranks may take to start after one another, where launch.timeout_seconds is shorter."""
 
 # ---- what ranks can do -----------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def _store_at(meeting: Meeting) -> Any:
     """The store in which the ranks of all nodes find each other."""
     from torch.distributed import TCPStore
 
-    limit = timedelta(seconds=START_SECONDS)
+    limit = timedelta(seconds=_START_SECONDS)
     return roll_call.store_of_attempt(TCPStore(meeting.host, meeting.port, None, False, timeout=limit), meeting.attempt)
 
 
@@ -379,7 +379,7 @@ def _join_group(work: str, config: Config, place: Place, store: Any = None) -> N
     if place == ALONE:
         store = dist.HashStore()
     else:  # ranks start up to minutes after one another, where their libraries come over a slow network
-        slowest = max(config.launch.timeout_seconds, START_SECONDS)
+        slowest = max(config.launch.timeout_seconds, _START_SECONDS)
         if store is None:
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=slowest)))
         roll_call.arrive(store, place.rank, place.world_size, slowest)
