@@ -62,7 +62,8 @@ def test_one_process_has_no_links(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     def alone(config: Config) -> dict[str, Any]:
         asked.append(config)
         return {
-            "device": "cpu", "ranks": 1, "matmul_flops_per_second": {"fp32": 1e11, "bf16": 1e11}, "matmul_half_size": {"fp32": 0, "bf16": 0},
+            "device": "cpu", "ranks": 1,
+            "matmul_flops_per_second": {"fp32": 1e11, "bf16": 1e11}, "matmul_half_size": {"fp32": 0, "bf16": 0},
             "memory_bytes_per_second": 1e10, "kernel_seconds": 1e-5, "memory_bytes": 1e10,
         }  # fmt: skip
 
