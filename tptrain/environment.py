@@ -178,6 +178,13 @@ def give_home() -> None:
         os.environ.setdefault(name, str(place / "cache"))
 
 
+def cache_folder() -> Path:
+    """Where this user's caches of tptrain lie; made if need be."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tptrain")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def submitit_signals() -> list[signal.Signals]:
     """The signal by which submitit stops a job, and by which it is told to queue it again; empty where this is none of its jobs."""
     name = scheduler.submitit_signal(os.environ)

@@ -86,6 +86,13 @@ def _doctor(job: Job) -> dict[str, Any] | None:
     return examine(job.config, job.run_dir, job.store_dir)
 
 
+def _probe(job: Job) -> dict[str, Any] | None:
+    """What this machine can do."""
+    from tptrain.probe.measure import measure
+
+    return measure(job.config)
+
+
 def _same_versions(store: Any, place: Place, timeout_seconds: float) -> None:
     """Whether the ranks can be compared at all."""
     from tptrain.doctor.versions import agree
@@ -113,6 +120,7 @@ WORKS = {
     "check-twin": Work(_check_twin),
     "check-layout": Work(_check_layout),
     "doctor": Work(_doctor, before=_same_versions),
+    "probe": Work(_probe),
     "generate": Work(_generate, GenerateConfig),
     "eval": Work(_evaluate, EvalConfig),
 }
@@ -394,10 +402,12 @@ def _join_group(work: str, config: Config, place: Place, store: Any = None) -> N
 def threads(config: Config, local_ranks: int) -> int:
     """CPU threads for this rank: the number asked for, or this machine's cores shared by its ranks."""
     asked = config.launch.threads_per_rank
-    if asked != "auto":
-        return int(asked)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_ranks)
+    return max(1, cores() // local_ranks) if asked == "auto" else int(asked)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _has_group() -> bool:
