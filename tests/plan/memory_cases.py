@@ -17,15 +17,13 @@ EIGHT = {"model__num_layers": 8}
 BF16 = {"train__precision": "bf16"}
 UNTIED = {"model__tie_embeddings": False}
 DROPOUT = {"model__dropout": 0.1}
+DOCUMENTS = {"data__document_mask": True, "data__source": "python_docs"}
 CHUNKS = {"train__loss_chunk_tokens": 64}
 
 
 def layout(tp: int = 1, pp: int = 1, dp: int = 1, **changes: Any) -> dict[str, Any]:
     """Keys of `parallel`."""
     return {f"parallel__{key}": value for key, value in ({"tp": tp, "pp": pp, "dp": dp} | changes).items()}
-
-
-SELECTIVE, FULL, SEQUENCE = layout(recompute="selective"), layout(recompute="full"), layout(sequence_parallel=True)
 
 
 def recompute(kind: str) -> dict[str, Any]:
@@ -44,6 +42,8 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "gpt, dropout, selective": GPT | DROPOUT | recompute("selective"),
         "gpt, dropout, full": GPT | DROPOUT | recompute("full"),
         "gpt, chunks": GPT | CHUNKS,
+        "llama, documents": LLAMA | DOCUMENTS,
+        "gpt, documents, dropout": GPT | DROPOUT | DOCUMENTS,
         "gpt, sgd": GPT | {"optimizer__name": "sgd"},
         "llama": LLAMA,
         "llama, bf16, selective": LLAMA | BF16 | recompute("selective"),

@@ -16,6 +16,8 @@ _FP32, _INT64 = 4, 8
 class StageMemory:
     """Bytes. Of a micro-batch where it says so."""
 
+    layers: tuple[int, int]
+    """The first and one past the last."""
     parameters: int
     """fp32 weights that the rank keeps."""
     gradients: int
@@ -80,7 +82,7 @@ def stage_memory(config: Config, first_layer: int, last_layer: int) -> StageMemo
     states = {"adamw": 2, "sgd": 1 if config.optimizer.momentum else 0}[config.optimizer.name]
     memory, head = block_memory(config, sizes), _head(config, sizes) if is_last else _Ends(0, 0, 0, 0, 0)
     start = _start_kept(config, sizes) if is_first else 0
-    tables = _FP32 * config.data.seq_len * config.model.head_size if config.model.position == "rope" else 0
+    shared = _shared_by_blocks(config, sizes)
     lower = element < _FP32
     # When the blocks' backward begins the loss has let go of what it kept, but for logits: a CPU keeps their memory, and put-off
     # weight gradients need their gradient.
@@ -91,6 +93,7 @@ def stage_memory(config: Config, first_layer: int, last_layer: int) -> StageMemo
         config.model.hidden_size * -(-size // config.parallel.tp) for size in (config.model.vocab_size, config.model.ffn_hidden_size)
     )
     return StageMemory(
+        layers=(first_layer, last_layer),
         parameters=_FP32 * kept,
         gradients=_FP32 * kept,
         optimizer=_FP32 * kept * states,
@@ -100,7 +103,7 @@ def stage_memory(config: Config, first_layer: int, last_layer: int) -> StageMemo
         gathered_end=(element + _FP32) * (block[1] + ends[1]) if dp > 1 else 0,
         reducing=_FP32 * max(block[1], ends[1]) if dp > 1 else 0,
         first_gradients=(element if dp > 1 else _FP32) * (rows + table * is_last),
-        activations=layers * memory.kept + head.kept + start + tables,
+        activations=layers * memory.kept + head.kept + start + shared,
         deferred=layers * memory.deferred + head.deferred,
         forward_extra=max(memory.forward_extra - head.kept, head.forward_extra),
         backward_extra=max(head.backward_extra, memory.backward_extra - head.kept + remaining + passing),
@@ -109,7 +112,7 @@ def stage_memory(config: Config, first_layer: int, last_layer: int) -> StageMemo
         last_input_gradient_extra=memory.input_gradient_extra + sizes.stream,
         message=sizes.stream,
         logits=remaining,
-        first_layer_activations=memory.kept + start + tables,
+        first_layer_activations=memory.kept + start + shared,
         first_layer_deferred=memory.deferred,
         is_first=is_first,
         is_last=is_last,
@@ -117,9 +120,21 @@ def stage_memory(config: Config, first_layer: int, last_layer: int) -> StageMemo
 
 
 def batch_bytes(config: Config, is_end: bool) -> int:
-    """The step's tokens on a rank that reads them: rows of seq_len + 1, and the inputs once more."""
+    """The step's tokens on a rank that reads them: rows of seq_len + 1, and the inputs once more. With data.document_mask every rank reads
+    them, and holds each token's document and position, and the targets once more.
+    """
     rows = config.parallel.micro_batch_size * config.parallel.micro_batches
-    return _INT64 * rows * (2 * config.data.seq_len + 1) if is_end else 0
+    documents = 3 * rows * config.data.seq_len if config.data.document_mask else 0
+    return _INT64 * (rows * (2 * config.data.seq_len + 1) + documents) if is_end or documents else 0
+
+
+def _shared_by_blocks(config: Config, sizes: Sizes) -> int:
+    """What a stage makes once a micro-batch for all of its blocks: cosines and sines, and the mask of documents [b, 1, s, s]."""
+    seq_len, documents = config.data.seq_len, config.data.document_mask
+    rope = config.model.position == "rope"
+    tables = _FP32 * config.model.head_size * (sizes.tokens if documents else seq_len) if rope else 0
+    as_mask = documents and (not sizes.on_gpu or config.model.dropout > 0)  # else a GPU's kernel is told where documents begin
+    return tables + (sizes.element * sizes.tokens * seq_len if as_mask else 0)
 
 
 def _elements(shards: Iterable[Shard], dp: int) -> tuple[int, int]:
