@@ -12,6 +12,7 @@ from benchmarks.agreement import kendall_tau
 from benchmarks.plan_literature import ROWS, iteration, table, tokens_of_a_gpu, with_recomputation
 from tptrain.cli import compose
 from tptrain.config import Config, resolve
+from tptrain.model.flops import num_parameters
 from tptrain.pipeline.actions import Kind
 from tptrain.plan.communication import action_traffic
 from tptrain.plan.links import Link, collective_seconds
@@ -28,24 +29,21 @@ def test_the_docs_show_the_table() -> None:
     assert "\n".join(table()) in DOCS.read_text()
 
 
-def test_models_have_the_parameters_that_their_names_say() -> None:
-    from tptrain.model.flops import num_parameters
-
+def test_models_have_the_parameters_and_gpus_that_their_names_say() -> None:
     for row in ROWS:
-        label = next((word for word in row.name.split() if word[0].isdigit() and word[-1] in "BT"), None)
-        if label is not None:
+        words = row.name.replace(",", "").split()
+        named = [word for word in words if word[0].isdigit() and word[-1] in "BT"]
+        if named:
             config = resolve(compose(row.overrides.split()))
-            named = float(label[:-1]) * (1e9 if label[-1] == "B" else 1e12)
-            assert num_parameters(config.model) == pytest.approx(named, rel=0.04), row.name
-            gpus = next(
-                int(word) for word, kind in zip(row.name.split(), row.name.split()[1:], strict=False) if kind.strip(",") in ("A100", "H100")
-            )
-            assert config.processes == gpus, row.name
+            size = float(named[0][:-1]) * (1e9 if named[0][-1] == "B" else 1e12)
+            assert num_parameters(config.model) == pytest.approx(size, rel=0.04), row.name
+            place = next(place for place, word in enumerate(words) if word in ("A100", "H100"))
+            assert config.processes == int(words[place - 1]), row.name
 
 
 def test_conversions() -> None:
-    """Korthikanti et al. give both seconds and MFU of the same run (table 5: 13.75 s and 51.4 %, 37.83 s and 56.0 %, 71.49 s and 56.3 %), and
-    Narayanan et al. both TFLOP/s and the days that 175B take for 300 billion tokens (table 2: 153 TFLOP/s on 384 GPUs, 84 days)."""
+    """Korthikanti et al. give both seconds and MFU of the same run (table 5: 13.75 s and 51.4 %, 37.83 s and 56.0 %, 71.49 s and 56.3 %),
+    and Narayanan et al. both TFLOP/s and the days that 175B take for 300 billion tokens (table 2: 153 TFLOP/s on 384 GPUs, 84 days)."""
     assert iteration(13.75)(row_config("GPT-3 175B tp8 pp8")) == pytest.approx(0.514, abs=5e-4)
     assert iteration(37.83)(row_config("GPT 530B")) == pytest.approx(0.560, abs=5e-4)
     assert iteration(71.49)(row_config("GPT 1T tp8 pp64, 512")) == pytest.approx(0.563, abs=5e-4)
