@@ -20,7 +20,9 @@ ALLOWED: dict[str, set[str]] = {
     "hardware_config": {"config_error"},
     "launch_config": {"config_error"},
     "plan_config": {"config_error"},
-    "config": {"config_error", "data_config", "hardware_config", "launch_config", "plan_config"},
+    "schema": {"data_config", "hardware_config", "launch_config", "plan_config"},
+    "config_values": {"config_error", "data_config", "hardware_config", "launch_config", "plan_config", "schema"},
+    "config": {"config_error", "config_values", "data_config", "hardware_config", "launch_config", "plan_config", "schema"},
     "files": set(),
     "lifeline": set(),
     "stop": set(),
@@ -77,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
         "check",
         "doctor",
         "generate",
+        "probe",
     },
     "agent_watch": set(),
     "scheduler": {"config_error"},
@@ -102,6 +105,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "slurm": {"config", "files", "job", "plan"},
     "verdict": set(),
+    "probe": {"config", "doctor", "mesh", "tensor_parallel"},
+    "this_machine": {"config", "environment", "files", "interrupt", "job", "launch", "probe", "ranks"},
     "doctor": {"config", "mesh", "tensor_parallel", "model", "plan"},
     "consult": {"config", "doctor", "failures", "files", "interrupt", "job", "launch", "launch_config"},
     "prove": {"checkpoint", "config", "data", "failures", "files", "interrupt", "job", "launch", "launch_config", "verdict"},
@@ -239,6 +244,8 @@ def test_the_parser_sees_imports() -> None:
 
 BEFORE_RANKS = {"config", "generate_config", "files", "data", "job", "failures", "refusal", "launch", "ranks", "answer", "plan", "cli"}
 BEFORE_RANKS |= {
+    "config_values",
+    "schema",
     "agent_watch",
     "arguments",
     "typed_config",

@@ -1,7 +1,8 @@
 """Seconds of one micro-batch on each stage: what it computes, and what of tp's communication nothing hides.
 
 Communication that the code starts before a matrix product and waits for after it (`tensor_parallel/linear.py`) costs only what it takes
-longer than the product; `Traffic.under` names the product. Where a schedule puts weight gradients off there is none to hide under.
+longer than the product; `Traffic.under` names the product. Where a schedule puts weight gradients off there is none to hide under, and on
+a CPU the products leave the communication no core to run on.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Clock:
         seconds = collective_seconds(traffic.operation, self.config.parallel.tp, traffic.bytes // traffic.calls, link)
         place = "head" if traffic.purpose.startswith("head") else "columns"
         windows = self.windows.get((traffic.under, place), [0.0])
-        if split and traffic.under == "weight gradient":
+        if self.config.hardware.device == "cpu" or (split and traffic.under == "weight gradient"):
             windows = [0.0]
         return traffic.calls * sum(max(0.0, seconds - window) for window in windows) / len(windows)
 

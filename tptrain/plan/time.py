@@ -21,8 +21,8 @@ from tptrain.plan.communication import Traffic, fully_shard_traffic, message_byt
 from tptrain.plan.compute import update_work
 from tptrain.plan.kernels import device_of
 from tptrain.plan.links import collective_seconds, group_links
+from tptrain.plan.parameters import rank_parameters
 from tptrain.plan.pipeline import PipelinePlan, StagePlan, describe, stage_layers
-from tptrain.plan.shards import block_shards, ends_shards
 from tptrain.plan.stage_time import StageTime, stage_times
 
 
@@ -183,13 +183,8 @@ class Step:
 
     def _update_seconds(self, rank: int) -> float:
         mine = [stage for stage in self.stages if stage.rank == rank]
-        dp, layers = int(self.config.parallel.dp), self.config.model.num_layers
-        kept = 0
-        for stage in mine:
-            kept += (stage.last_layer - stage.first_layer) * sum(shard.elements(dp, 0) for shard in block_shards(self.config))
-            ends = ends_shards(self.config, stage.first_layer == 0, stage.last_layer == layers)
-            kept += sum(shard.elements(dp, 0) for shard in ends)
-        return device_of(self.config).seconds(update_work(self.config, kept, kept * dp))
+        kept = sum(rank_parameters(self.config, stage.first_layer, stage.last_layer) for stage in mine)
+        return device_of(self.config).seconds(update_work(self.config, kept, kept * int(self.config.parallel.dp)))
 
     def _sums_seconds(self, rank: int) -> float:
         """What a rank calls once a step, but for fully_shard's."""
