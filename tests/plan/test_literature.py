@@ -54,23 +54,12 @@ def test_conversions() -> None:
 
 def test_communication_of_gpt3() -> None:
     """Of one forward and backward with tp=8 over 300 GB/s each way, step by step as in the docs."""
-    config = resolve(
-        compose(
-            [
-                "model=gpt_175b",
-                "hardware=a100_80",
-                "parallel.tp=8",
-                "parallel.micro_batch_size=1",
-                "data.seq_len=2048",
-                "train.precision=bf16",
-            ]
-        )
-    )
+    layout = ["parallel.tp=8", "parallel.micro_batch_size=1", "data.seq_len=2048", "train.precision=bf16"]
+    config = resolve(compose(["model=gpt_175b", "hardware=a100_80", *layout]))
     b, s, h, layers, t = 1, 2048, 12288, 96, 8
     traffic = action_traffic(config, 0, layers)
-    sums = [
-        each for kind in (Kind.FORWARD, Kind.INPUT_GRADIENT) for each in traffic[kind] if each.purpose in ("row layers", "column layers")
-    ]
+    both = traffic[Kind.FORWARD] + traffic[Kind.INPUT_GRADIENT]
+    sums = [each for each in both if each.purpose in ("row layers", "column layers")]
     assert [each.operation for each in sums] == ["all_reduce"] * 2
     calls, message = 4 * layers, b * s * h * 2
     assert (sum(each.calls for each in sums), sum(each.bytes for each in sums)) == (calls, calls * message)

@@ -119,8 +119,6 @@ class Step:
             tp[stage.rank] += m * (time.forward_tp + self._backward_tp(time))
         busy = [sum(both) for both in zip(compute, tp, strict=True)]
         slowest = max(range(len(busy)), key=busy.__getitem__)
-        shared = self._shared(sum(busy))
-        pipeline, instant = max(pipeline, shared), max(instant, shared)
         dp, other = self.dp_seconds(), self.other_seconds()
         step = pipeline + dp + other
         tokens = config.batch_size * config.data.seq_len / step
@@ -140,11 +138,6 @@ class Step:
 
     def _backward_tp(self, time: StageTime) -> float:
         return time.input_gradient_tp if self.splits else time.backward_tp
-
-    def _shared(self, busy_seconds: float) -> float:
-        """The least that the pipeline takes where ranks share cores. busy_seconds: of all its ranks."""
-        config = self.config
-        return busy_seconds / config.parallel.pp * config.processes / config.hardware.cores if config.hardware.cores else 0.0
 
     def dp_seconds(self) -> float:
         """fully_shard's collectives, exposed.
