@@ -36,10 +36,10 @@ def forgetting(tensor: Tensor, remake: Callable[[], Tensor], enabled: bool) -> I
     if not enabled or not torch.is_grad_enabled():
         yield
         return
-    address, shape = tensor.data_ptr(), tensor.shape
 
     def pack(kept: Tensor) -> Tensor | None:
-        return None if kept.data_ptr() == address and kept.shape == shape else kept
+        same = kept.untyped_storage() is tensor.untyped_storage() and kept.storage_offset() == tensor.storage_offset()
+        return None if same and kept.shape == tensor.shape else kept
 
     def unpack(kept: Tensor | None) -> Tensor:
         if kept is not None:
