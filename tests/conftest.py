@@ -1,12 +1,30 @@
-"""Fixtures of several rooms' tests."""
+"""Fixtures of several rooms' tests, and how files are shared out to pytest's workers."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+LONGEST = (
+    "test_equality.py", "test_pipeline_equality.py", "test_train.py", "test_stop.py", "test_slurm.py", "test_default_run.py",
+    "test_chain.py", "test_hosts.py", "test_kills.py", "test_sweep.py", "test_wheel.py", "test_check.py",
+)  # fmt: skip
+"""Files that take a minute or so each. They come first, so that none is left for one worker alone in the end."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than there are cores: of several starts of ranks at a time one waits for something."""
+    return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture

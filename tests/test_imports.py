@@ -81,30 +81,31 @@ ALLOWED: dict[str, set[str]] = {
     "agent_watch": set(),
     "scheduler": {"config_error"},
     "spawn": {"config", "failures", "job", "ranks", "stop"},
+    "environment": {"agent_watch", "config", "failures", "job", "network", "ranks", "scheduler", "spawn"},
+    "interrupt": {"failures", "stop"},
     "launch": {
-        "agent_watch",
         "checkpoint",
         "config",
         "council",
         "crew",
         "data",
+        "environment",
         "failures",
+        "interrupt",
         "job",
         "monitor",
-        "network",
         "nodes",
         "plan",
         "ranks",
-        "scheduler",
         "spawn",
         "stop",
     },
     "slurm": {"config", "files", "job", "plan"},
     "verdict": set(),
     "doctor": {"config", "mesh", "tensor_parallel", "model", "plan"},
-    "consult": {"config", "doctor", "failures", "files", "job", "launch", "launch_config"},
-    "prove": {"checkpoint", "config", "data", "failures", "files", "job", "launch", "launch_config", "verdict"},
-    "answer": {"checkpoint", "config", "data", "failures", "generate_config", "job", "launch"},
+    "consult": {"config", "doctor", "failures", "files", "interrupt", "job", "launch", "launch_config"},
+    "prove": {"checkpoint", "config", "data", "failures", "files", "interrupt", "job", "launch", "launch_config", "verdict"},
+    "answer": {"checkpoint", "config", "data", "failures", "generate_config", "interrupt", "job", "launch"},
     "examine": {
         "answer",
         "checkpoint",
@@ -114,6 +115,7 @@ ALLOWED: dict[str, set[str]] = {
         "eval_config",
         "files",
         "generate_config",
+        "interrupt",
         "job",
         "launch",
         "monitor",
@@ -121,13 +123,15 @@ ALLOWED: dict[str, set[str]] = {
     },
     "own_data": {"config", "job"},
     "survey": {"config", "data", "data_config", "files", "monitor"},
-    "export": {"answer", "checkpoint", "config", "config_error", "data", "export_config", "files", "launch"},
+    "export": {"answer", "checkpoint", "config", "config_error", "data", "export_config", "files", "interrupt"},
     "sweep": {"config", "files", "monitor"},
     "plot": {"config", "files", "monitor", "pipeline", "plot_config"},
     "cli": {
         "answer",
         "config",
         "consult",
+        "environment",
+        "interrupt",
         "eval_config",
         "examine",
         "export",
@@ -221,6 +225,9 @@ def test_the_parser_sees_imports() -> None:
 
 BEFORE_RANKS = {"config", "generate_config", "files", "data", "job", "failures", "refusal", "launch", "ranks", "answer", "plan", "cli"}
 BEFORE_RANKS |= {
+    "agent_watch",
+    "environment",
+    "interrupt",
     "consult",
     "council",
     "crew",
@@ -278,9 +285,9 @@ def environment_lines(path: Path) -> list[str]:
     return lines
 
 
-def test_only_launch_reads_the_environment() -> None:
+def test_only_one_file_reads_the_environment() -> None:
     touching = {str(path.relative_to(PACKAGE)): lines for path in MODULES if (lines := environment_lines(path))}
-    assert touching.pop("launch.py")
+    assert touching.pop("environment.py")
     quiet = ['os.environ["TOKENIZERS_PARALLELISM"] = "false"']
     assert touching.pop("data/workers.py") == quiet, "the tokenizers library can be told no other way"
     assert touching.pop("cli.py", []) in ([], ['os.environ["HYDRA_FULL_ERROR"] = "1"']), "Hydra can be told no other way"

@@ -13,7 +13,7 @@ import pytest
 
 from tests.command import FAULTS, Outcome, command, finish, processes_of, start, wait_until
 from tests.support import small_config
-from tptrain import failures, launch, ranks
+from tptrain import environment, failures, launch, ranks
 from tptrain.config import ConfigError
 from tptrain.data.lock import locked
 from tptrain.failures import Failure
@@ -321,10 +321,10 @@ def test_a_schedule_file_has_the_micro_batches_that_follow_from_the_gpus(tmp_pat
 
 def test_the_place_that_a_launcher_gives(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RANK", raising=False)
-    assert launch.given_place() is None
+    assert environment.given_place() is None
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    assert launch.given_place() == Place(rank=5, world_size=8, local_rank=1, local_world_size=4)
+    assert environment.given_place() == Place(rank=5, world_size=8, local_rank=1, local_world_size=4)
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(ConfigError, match="WORLD_SIZE=many is no number: start with torchrun"):
-        launch.given_place()
+        environment.given_place()

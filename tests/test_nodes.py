@@ -14,7 +14,7 @@ import pytest
 from torch.distributed import HashStore
 
 from tests.support import small_config
-from tptrain import cli, launch, network, nodes
+from tptrain import cli, environment, launch, network, nodes
 from tptrain import council as council_module
 from tptrain.config import Config, ConfigError, resolve
 from tptrain.council import Council, LostNode, Patience
@@ -121,27 +121,27 @@ def test_torchrun_over_nodes() -> None:
 def test_places_that_a_launcher_gives_on_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
-    place = launch.given_place()
+    place = environment.given_place()
     assert place is not None
     assert (place.node, place.nodes, list(place.neighbours)) == (1, 2, [3, 4, 5])
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "5"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="RANK=5 WORLD_SIZE=8 LOCAL_RANK=2 LOCAL_WORLD_SIZE=5 are of nodes with unequal numbers of ranks"):
-        launch.given_place()
+        environment.given_place()
 
 
 def test_restarts_of_torchrun_that_would_be_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = Place(0, 2, 0, 2), Place(0, 4, 0, 2)
-    launch.check_restarts(two, names_folder=False)
+    environment.check_restarts(two, names_folder=False)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    launch.check_restarts(one, names_folder=True)
+    environment.check_restarts(one, names_folder=True)
     with pytest.raises(ConfigError, match=r"--max-restarts=3 would begin anew in another run folder each time: use hydra\.run\.dir=FOLDER"):
-        launch.check_restarts(one, names_folder=False)
+        environment.check_restarts(one, names_folder=False)
     with pytest.raises(ConfigError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node"):
-        launch.check_restarts(two, names_folder=True)
+        environment.check_restarts(two, names_folder=True)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
-    launch.check_restarts(two, names_folder=True)
+    environment.check_restarts(two, names_folder=True)
 
 
 def test_a_later_node_makes_no_run_folder_and_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

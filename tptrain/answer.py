@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tptrain import launch
+from tptrain import interrupt, launch
 from tptrain.checkpoint.folder import STATE_FILE, complete_checkpoints, home_of
 from tptrain.checkpoint.start import differences
 from tptrain.config import Config, ConfigError, refuse
@@ -31,7 +31,7 @@ def generate(config: GenerateConfig) -> None:
     Raises ConfigError before a rank starts, JobFailed when a failure has been shown, Stopped on a signal.
     """
     config = settle(config)
-    with launch.signals_stop(), job_folder("generate") as folder:
+    with interrupt.signals_stop(), job_folder("generate") as folder:
         done = launch.run(Job("generate", config, folder, folder))
     speed = done["tokens"] / done["seconds"]
     sys.stderr.write(f"tptrain: {done['tokens']:,} tokens, {speed:,.0f} a second, by {config.checkpoint.load}\n")

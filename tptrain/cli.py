@@ -60,10 +60,10 @@ class Verb:
 
 def train(cfg: DictConfig, run_dir: Path) -> float | None:
     """Train a model; in the same run folder again: resume. The value is the final validation loss."""
-    from tptrain import launch
+    from tptrain import environment, launch
 
     if not _is_job():
-        return launch.start(typed(cfg), run_dir, launch.given_place())
+        return launch.start(typed(cfg), run_dir, environment.given_place())
     from tptrain.stop import Stopped
     from tptrain.sweep.pool import is_stopping
     from tptrain.sweep.results import job_result
@@ -71,15 +71,15 @@ def train(cfg: DictConfig, run_dir: Path) -> float | None:
     if is_stopping(_sweep_dir()):
         raise Stopped("not started")
 
-    value = launch.start(typed(cfg), run_dir, launch.given_place(), apart=True)
+    value = launch.start(typed(cfg), run_dir, environment.given_place(), apart=True)
     return job_result(0, [], run_dir).val_loss if value is None else value  # it was done before
 
 
 def check(cfg: DictConfig, run_dir: Path) -> None:
     """Compare the layout with one process; `check.layouts=all`: every layout that fits."""
-    from tptrain import launch
+    from tptrain import environment
 
-    if launch.given_place() is not None:
+    if environment.given_place() is not None:
         raise ConfigError("tptrain check starts its own processes, but this is one of a launcher's: run it without torchrun")
     from tptrain import prove
 
@@ -88,17 +88,17 @@ def check(cfg: DictConfig, run_dir: Path) -> None:
 
 def doctor(cfg: DictConfig, run_dir: Path) -> None:
     """Examine the ranks of a layout and the links between them; also under a launcher."""
-    from tptrain import launch
+    from tptrain import environment
     from tptrain.consult import doctor as consult
 
-    consult(typed(cfg), run_dir, launch.given_place())
+    consult(typed(cfg), run_dir, environment.given_place())
 
 
 def generate(cfg: DictConfig, run_dir: Path) -> None:
     """Write text with a run's model: `run=FOLDER prompt=TEXT`."""
-    from tptrain import launch
+    from tptrain import environment
 
-    if launch.given_place() is not None:
+    if environment.given_place() is not None:
         raise ConfigError("tptrain generate starts its own processes, but this is one of a launcher's: run it without torchrun")
     from tptrain import answer
 
@@ -107,9 +107,9 @@ def generate(cfg: DictConfig, run_dir: Path) -> None:
 
 def evaluate(cfg: DictConfig, run_dir: Path) -> None:
     """Measure a run's model: loss, perplexity, accuracy on multiple-choice files: `run=FOLDER`."""
-    from tptrain import launch
+    from tptrain import environment
 
-    if launch.given_place() is not None:
+    if environment.given_place() is not None:
         raise ConfigError("tptrain eval starts its own processes, but this is one of a launcher's: run it without torchrun")
     from tptrain.examine.verb import examine
 
@@ -118,9 +118,9 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> None:
 
 def export(cfg: DictConfig, run_dir: Path) -> None:
     """Write a run's model as Hugging Face's transformers loads it: `run=FOLDER to=FOLDER`."""
-    from tptrain import launch
+    from tptrain import environment
 
-    if launch.given_place() is not None:
+    if environment.given_place() is not None:
         raise ConfigError("tptrain export is one process, but this is one of a launcher's: run it without torchrun")
     from tptrain.export import export as write
 
@@ -129,9 +129,9 @@ def export(cfg: DictConfig, run_dir: Path) -> None:
 
 def slurm(cfg: DictConfig, run_dir: Path) -> None:
     """Write a script for sbatch that trains in the run folder, and submit it with slurm.submit=true."""
-    from tptrain import launch
+    from tptrain import environment
 
-    if launch.given_place() is not None:
+    if environment.given_place() is not None:
         raise ConfigError("tptrain slurm starts nothing, but this is one of a launcher's processes: run it by itself")
     from tptrain.slurm.write import write
 
@@ -140,9 +140,9 @@ def slurm(cfg: DictConfig, run_dir: Path) -> None:
 
 def plan(cfg: DictConfig, run_dir: Path) -> None:
     """Print the stages of a config's pipeline, its bubble and its schedule; nothing is started."""
-    from tptrain import launch
+    from tptrain import environment
 
-    if launch.given_place() is not None:
+    if environment.given_place() is not None:
         raise ConfigError("tptrain plan starts nothing, but this is one of a launcher's processes: run it without torchrun")
     from tptrain.plan import show
 
@@ -151,22 +151,22 @@ def plan(cfg: DictConfig, run_dir: Path) -> None:
 
 def data(cfg: DictConfig, run_dir: Path) -> None:
     """Prepare the data of a config without training, count it and show samples of it."""
-    from tptrain import launch
+    from tptrain import environment, interrupt
 
-    if launch.given_place() is not None:
+    if environment.given_place() is not None:
         raise ConfigError("tptrain data is one process, but this is one of a launcher's: run it without torchrun")
     config = resolve(typed(cfg))
     from tptrain.survey.show import survey
 
-    with launch.signals_stop():
+    with interrupt.signals_stop():
         survey(config, run_dir)
 
 
 def plot(cfg: DictConfig, run_dir: Path) -> None:
     """Draw a run: `run=FOLDER`."""
-    from tptrain import launch
+    from tptrain import environment
 
-    if launch.given_place() is not None:
+    if environment.given_place() is not None:
         raise ConfigError("tptrain plot is one process, but this is one of a launcher's: run it without torchrun")
     from tptrain.plot import plot as draw
 
@@ -202,9 +202,9 @@ def main() -> NoReturn:
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1 if leaving.code else 0
     if code == 2:
-        from tptrain import launch
+        from tptrain import environment
 
-        launch.let_first_rank_speak()
+        environment.let_first_rank_speak()
     if "torch" in sys.modules:
         from tptrain import ranks
 
@@ -215,17 +215,17 @@ def main() -> NoReturn:
 def _run(arguments: list[str]) -> int:
     """Hand the arguments after the verb to Hydra. Returns the exit code."""
     verb = _take_verb(arguments)
-    from tptrain import launch  # neither this nor Hydra imports torch
+    from tptrain import environment  # neither this nor Hydra imports torch
 
-    verb = VERBS.get(launch.hide_verb(VERBS) or "", verb)
-    place = launch.given_place()
+    verb = VERBS.get(environment.hide_verb(VERBS) or "", verb)
+    place = environment.given_place()
     flags, overrides = _split(arguments)
     if not verb.keeps and _is_sweep(flags, overrides):
         raise ConfigError("-m starts one job after another, but this verb has no run folders to keep them in: leave -m out")
     overrides = [_as_text(override, verb.texts) for override in verb.fill_in(overrides)]
     if place is not None:
         _check_single_run(flags, overrides, place)
-        launch.check_restarts(place, any(override.startswith("hydra.run.dir=") for override in overrides))
+        environment.check_restarts(place, any(override.startswith("hydra.run.dir=") for override in overrides))
     if not verb.keeps or (place is not None and place.rank > 0) or _is_later_node(overrides):
         overrides = _without_folder(overrides)
     sys.argv[1:] = [*flags, *overrides]
@@ -236,7 +236,7 @@ def _run(arguments: list[str]) -> int:
 
 def _sweep(overrides: list[str], start: Callable[[], int]) -> int:
     """Have Hydra run the jobs of a sweep, and show how all went, also where a signal ends it. Returns the exit code."""
-    from tptrain import launch
+    from tptrain import interrupt, launch
     from tptrain.stop import Stopped
     from tptrain.sweep import plan, pool
 
@@ -253,7 +253,7 @@ def _sweep(overrides: list[str], start: Callable[[], int]) -> int:
     plan.refuse_shared_folder(overrides)
     plan.forget()
     try:
-        with launch.signals_stop(heard, lambda number: pool.end()):
+        with interrupt.signals_stop(heard, lambda number: pool.end()):
             code = start()
         if reasons:
             raise Stopped(f"stopped by {reasons[0]}")
@@ -468,7 +468,7 @@ def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from tptrain import launch
+    from tptrain import environment, launch
     from tptrain.failures import one_line
     from tptrain.launch import JobFailed
     from tptrain.stop import Stopped
@@ -477,7 +477,7 @@ def _run_verb(verb: Verb, cfg: DictConfig) -> float | None:
     settings = HydraConfig.get()
     run_dir = Path(settings.runtime.output_dir)
     sweeping = settings.mode == RunMode.MULTIRUN
-    launch.give_home()
+    environment.give_home()
     if sweeping and "wandb" in cfg and cfg.wandb.group is None:
         cfg.wandb.group = near(settings.sweep.dir)  # where the jobs are found, on disk as in W&B
     job = f"job {settings.job.num} ({settings.job.override_dirname}): " if sweeping else ""
@@ -524,10 +524,10 @@ def _in_worker() -> bool:
 
 def _keep_cause(run_dir: Path, error: str) -> None:
     """Leave in a job's folder why it failed, for the sweep's table; a launcher's ranks that have failed in training have done so."""
-    from tptrain import launch, ranks
+    from tptrain import environment, ranks
     from tptrain.monitor.status import read_status
 
-    place = launch.given_place()
+    place = environment.given_place()
     if place is None or (place.rank == 0 and (read_status(run_dir) or {}).get("state") != "failed"):
         with contextlib.suppress(OSError):
             ranks.write_status(run_dir, "failed", error)
@@ -599,7 +599,7 @@ def _discard(run_dir: Path) -> None:
 
 def _say(message: object) -> None:
     """One line on stderr; of several ranks on a machine, the first's."""
-    from tptrain import launch
+    from tptrain import environment
 
-    if launch.is_first_rank():
+    if environment.is_first_rank():
         sys.stderr.write(f"tptrain: {message}\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 import rich.console
 from rich.text import Text
 
-from tptrain import launch
+from tptrain import interrupt, launch
 from tptrain.config import Config
 from tptrain.doctor import show
 from tptrain.doctor.judge import Diagnosis, diagnose
@@ -62,7 +62,7 @@ def doctor(config: Config, run_dir: Path, place: Place | None) -> None:
 
 def _run(job: Job) -> dict[str, object]:
     """What ranks of our own find."""
-    with launch.signals_stop():
+    with interrupt.signals_stop():
         found: dict[str, object] = launch.run(job)
         return found
 

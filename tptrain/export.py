@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tptrain import launch
+from tptrain import interrupt
 from tptrain.answer import find_checkpoint, read_run
 from tptrain.checkpoint.folder import read_state
 from tptrain.checkpoint.hugging_face.folder import CONFIG_FILE
@@ -37,7 +37,7 @@ def export(config: ExportConfig) -> None:
     refuse_other_families(config, trained)
     checkpoint = find_checkpoint(config.checkpoint.load, run_dir, trained)
     tokenizer = load_tokenizer(trained.data, run_dir)
-    with launch.signals_stop():
+    with interrupt.signals_stop():
         written = _complete_or_absent(config, lambda folder: _write(config, trained, checkpoint, tokenizer, folder))
     print(config.to)
     sys.stderr.write(f"tptrain: {written / 1e6:,.1f} MB of weights, by {checkpoint}\n")

@@ -39,6 +39,14 @@ class HardwareConfig:
     """Of one message between machines."""
     matmul_efficiency: float | None = None
     """The share of the peak that a large matrix product reaches."""
+    matmul_flops_per_second: float | None = None
+    """What a large matrix product reaches in train.precision; null means matmul_efficiency of the peak."""
+    matmul_half_size: float | None = None
+    """A matrix product whose smallest dimension is this reaches half of that; null means that all products reach it."""
+    kernel_seconds: float | None = None
+    """What each operation takes besides its arithmetic; null means nothing."""
+    cores: float | None = None
+    """Ranks that a machine can run at full speed at once; more share it. Null means that each rank has a device of its own."""
     dollars_per_device_hour: float | None = None
     """What a device costs; null means no cost is named."""
 

@@ -40,7 +40,7 @@ def say(run_dir: Path, rank: int, error: Exception) -> tuple[Failure, Sequence[i
 def _keep_communications(run_dir: Path, rank: int) -> None:
     """Write what torch's flight recorder knows of this rank's last communications over gloo, as JSON: `logs/flight-gloo-N.json`.
 
-    NCCL's own time limit ends the process, and leaves a file of its own (`launch.py`).
+    NCCL's own time limit ends the process, and leaves a file of its own (`environment.py`).
     """
     import torch._C._distributed_c10d as c10d
 

@@ -20,7 +20,7 @@ from typing import Any
 import rich.console
 from rich.text import Text
 
-from tptrain import launch
+from tptrain import interrupt, launch
 from tptrain.checkpoint.hugging_face.folder import check_folder
 from tptrain.config import Config, ConfigError, ParallelConfig, refuse_unprovable
 from tptrain.data import prepare
@@ -43,7 +43,7 @@ def check(config: Config, run_dir: Path) -> None:
     if config.train.init_from is not None:
         check_folder(config.train.init_from, config.model)
     layouts, left_out = ([config], []) if config.check.layouts == "own" else every_layout(config)
-    with launch.signals_stop():
+    with interrupt.signals_stop():
         _Check(config, run_dir.absolute()).run(layouts, left_out)
 
 

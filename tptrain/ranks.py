@@ -5,7 +5,7 @@
     the only one      inside the command's own process                           `inline`
 
 In all three, the work (a name in `WORKS`: train, ...) finds a default process group, this rank's log in `logs/rank-N.log`,
-and the number of threads it may compute with. Nothing here reads the environment: `launch.py` did, and passes a `Place`.
+and the number of threads it may compute with. Nothing here reads the environment: `environment.py` does, and passes a `Place`.
 """
 
 from __future__ import annotations

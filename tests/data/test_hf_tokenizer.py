@@ -341,9 +341,9 @@ def test_what_the_hub_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 FORKING = """
 import os, pickle, sys
 from pathlib import Path
-from tptrain import launch
+from tptrain import environment
 from tests.support import small_config
-launch._set_environment(small_config(), None)
+environment.set_up(small_config(), None)
 from tptrain.config import DataConfig, TokenizerConfig
 from tptrain.data import load_tokenizer
 tokenizer = load_tokenizer(DataConfig("text", seq_len=8, tokenizer=TokenizerConfig(sys.argv[1])))

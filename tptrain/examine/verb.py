@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tptrain import launch
+from tptrain import interrupt, launch
 from tptrain.answer import job_folder
 from tptrain.config import refuse
 from tptrain.data import prepare
@@ -26,7 +26,7 @@ def examine(config: EvalConfig) -> None:
     folder = results.folder_of(settled)
     _make(folder, config)
     _warn(settled)
-    with launch.signals_stop(), job_folder("eval") as job_dir:
+    with interrupt.signals_stop(), job_folder("eval") as job_dir:
         data = settled.config.data
         store_dir = job_dir if data is None else prepare(settled.trained, print, settled.tokenizer, training=False)
         for number, exam in enumerate(settled.exams):

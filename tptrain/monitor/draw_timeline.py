@@ -8,7 +8,7 @@ schedule asks for.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from matplotlib.axes import Axes
@@ -35,6 +35,8 @@ _NARROWEST, _WIDEST, _WIDTH_OF_ONE = 13.0, 26.0, 0.2
 """Inches of the figure, and what it grows by with each computation of a rank."""
 _BLOCK = 0.86
 """Height of a block in its row."""
+_BLOCKS = 1500
+"""Spans that are drawn one by one."""
 _NUMBER_SIZES = (10.0, 8.5, 7.0)
 """Points that a micro-batch's number may have, the largest that most blocks have room for."""
 _LETTER = 0.64
@@ -48,10 +50,22 @@ def timelines(measured: Timeline, simulated: Simulation | None, title: str) -> F
     if simulated is not None:
         shown[f"simulated with the mean duration of each stage's computations, {_time(simulated.step_seconds)}"] = simulated.timeline
         bubbles += f", {100 * simulated.bubble_fraction:.1f} % simulated"
-    ranks = len(measured)
+    return _figure(shown, f"{title}:  bubble {bubbles}")
+
+
+def planned(simulation: Simulation, title: str) -> Figure:
+    """The picture of a step that has not run. title: without the bubble."""
+    heading = f"simulated, {_time(simulation.step_seconds)}"
+    return _figure({heading: simulation.timeline}, f"{title}:  bubble {100 * simulation.bubble_fraction:.1f} %")
+
+
+def _figure(shown: Mapping[str, Timeline], title: str) -> Figure:
+    """Timelines by their headings, one above the other."""
+    first = next(iter(shown.values()))
+    ranks = len(first)
     row = min(0.5, max(0.2, 6 / ranks))
     height = _TOP + len(shown) * (_TITLE + ranks * row) + _BOTTOM
-    whole = min(_WIDEST, max(_NARROWEST, _WIDTH_OF_ONE * max(map(len, measured))))
+    whole = min(_WIDEST, max(_NARROWEST, _WIDTH_OF_ONE * max(map(len, first))))
     figure = Figure(figsize=(whole, height))
     top, width = height - _TOP, whole - _LEFT - _RIGHT
     longest = max(duration(timeline) for timeline in shown.values())
@@ -65,17 +79,25 @@ def timelines(measured: Timeline, simulated: Simulation | None, title: str) -> F
         axes.tick_params(labelbottom=False)
     axes.tick_params(labelbottom=True)
     axes.set_xlabel(f"time, {unit}")
-    figure.text(_LEFT / whole, 1 - 0.2 / height, f"{title}:  bubble {bubbles}", va="top", fontsize=14, fontweight="bold")
-    _legend(figure, measured, (_LEFT / whole, 1 - 0.52 / height))
+    figure.text(_LEFT / whole, 1 - 0.2 / height, title, va="top", fontsize=14, fontweight="bold")
+    _legend(figure, first, (_LEFT / whole, 1 - 0.52 / height))
     return figure
 
 
 def draw(axes: Axes, timeline: Timeline, scale: float, inches: float, row: float) -> None:
     """Draw a timeline, its first computation at 0: a Rectangle for each span, over a band a rank as long as the whole step.
 
+    Of more than `_BLOCKS` spans those of one rank and colour are one shape, without numbers: that is quick, and there is no room.
     scale: units of the axis in a second. inches: of the page, in a unit of the axis. row: height of a row in inches.
     """
     zero = min(span.start for spans in timeline for span in spans)
+    axes.set_ylim(len(timeline) - 0.5, -0.5)
+    axes.set_yticks(range(len(timeline)), [f"pp {rank}" for rank in range(len(timeline))])
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    if sum(map(len, timeline)) > _BLOCKS:
+        _draw_many(axes, timeline, zero, scale)
+        return
     size = _number_size([(span.end - span.start) * scale * inches / len(str(span.action.micro_batch)) for s in timeline for span in s], row)
     for rank, spans in enumerate(timeline):
         axes.broken_barh([(0, duration(timeline) * scale)], (rank - _BLOCK / 2, _BLOCK), facecolor=GREY, linewidth=0)
@@ -91,10 +113,20 @@ def draw(axes: Axes, timeline: Timeline, scale: float, inches: float, row: float
             if width * inches * 72 > size * _LETTER * (len(number) + 0.3) and row * 72 * _BLOCK > size:
                 ink = "white" if _luminance(colour) < 0.36 else INK
                 axes.text(left + width / 2, rank, number, ha="center", va="center_baseline", fontsize=size, color=ink)
-    axes.set_ylim(len(timeline) - 0.5, -0.5)
-    axes.set_yticks(range(len(timeline)), [f"pp {rank}" for rank in range(len(timeline))])
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
+
+
+def _draw_many(axes: Axes, timeline: Timeline, zero: float, scale: float) -> None:
+    """A band and one shape a colour for each rank."""
+    for rank, spans in enumerate(timeline):
+        row = (rank - _BLOCK / 2, _BLOCK)
+        axes.broken_barh([(0, duration(timeline) * scale)], row, facecolor=GREY, linewidth=0)
+        stages = sorted({span.action.stage for span in spans})
+        places: dict[tuple[Kind, int], list[tuple[float, float]]] = defaultdict(list)
+        for span in spans:
+            place = ((span.start - zero) * scale, (span.end - span.start) * scale)
+            places[span.action.kind, span.action.stage].append(place)
+        for (kind, stage), found in places.items():
+            axes.broken_barh(found, row, facecolor=_shade(COLOURS[kind], stages.index(stage), len(stages)), linewidth=0)
 
 
 def simulation_of(measured: Timeline) -> Simulation:

@@ -52,7 +52,7 @@ def step_traffic(config: Config, pipeline: PipelinePlan, pp_rank: int, dp_rank: 
 
     config: resolved. The sums of `merged` are those that a hook on the process groups counts.
     """
-    traffic = _batch(config, pipeline, pp_rank)
+    traffic = once_traffic(config, pipeline, pp_rank, dp_rank, tp_rank)
     for number, stage in enumerate(pipeline.stages):
         if stage.rank == pp_rank:
             actions = action_traffic(config, stage.first_layer, stage.last_layer)
@@ -61,8 +61,13 @@ def step_traffic(config: Config, pipeline: PipelinePlan, pp_rank: int, dp_rank: 
             for kind, count in ((Kind.FORWARD, counts[Kind.FORWARD]), (Kind.INPUT_GRADIENT, inputs), (Kind.WEIGHT_GRADIENT, weights)):
                 traffic += [each.times(count) for each in actions[kind]]
             traffic += fully_shard_traffic(config, stage.first_layer, stage.last_layer, tp_rank)
-    traffic += pipeline_traffic(config, pipeline, pp_rank)
-    return traffic + _sums(config, pipeline, pp_rank, dp_rank, tp_rank)
+    return traffic + pipeline_traffic(config, pipeline, pp_rank)
+
+
+def once_traffic(config: Config, pipeline: PipelinePlan, pp_rank: int, dp_rank: int = 0, tp_rank: int = 0) -> list[Traffic]:
+    """Of `step_traffic` what comes once a step and is not fully_shard's: the batch, the number of tokens, and the sums after the last
+    backward. Of the pipeline only its stages are read."""
+    return _batch(config, pipeline, pp_rank) + _sums(config, pipeline, pp_rank, dp_rank, tp_rank)
 
 
 def action_traffic(config: Config, first_layer: int, last_layer: int) -> dict[Kind, list[Traffic]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from tptrain.config import Config
 from tptrain.model.flops import attention_flops, block_flops, head_flops, stage_parameters
 from tptrain.pipeline.actions import COMPUTATIONS, Schedule, placement
 from tptrain.pipeline.load import load_schedule
 from tptrain.pipeline.partition import partition
-from tptrain.pipeline.simulate import Costs, simulate
+from tptrain.pipeline.simulate import Costs, Simulation, simulate
 from tptrain.pipeline.zero_bubble import zb_v
 
 
@@ -37,33 +38,52 @@ class PipelinePlan:
     """In the order of the layers."""
     schedule: Schedule
     """The computations of each rank."""
-    bubble_fraction: float
-    """The share of the ranks' time in which they do not compute, if FLOPs were all that took time."""
-    peaks: list[int]
-    """Of each rank the most live activations: those that one stage keeps of one micro-batch count as one."""
+    costs: Costs
+    """FLOPs of one token on each stage."""
+
+    @cached_property
+    def _step(self) -> Simulation:
+        return simulate(self.schedule, self.costs)
+
+    @property
+    def bubble_fraction(self) -> float:
+        """The share of the ranks' time in which they do not compute, if FLOPs were all that took time."""
+        return self._step.bubble_fraction
+
+    @property
+    def peaks(self) -> list[int]:
+        """Of each rank the most live activations: those that one stage keeps of one micro-batch count as one."""
+        return self._step.peaks
 
 
 def describe(config: Config) -> PipelinePlan:
     """The plan of a resolved config's pipeline. Raises ConfigError for a schedule file that cannot run."""
-    model = config.model
-    schedule = [[action for action in actions if action.kind in COMPUTATIONS] for actions in schedule_of(config)]
+    return plan_of(config, [[action for action in actions if action.kind in COMPUTATIONS] for actions in schedule_of(config)])
+
+
+def plan_of(config: Config, schedule: Schedule) -> PipelinePlan:
+    """The plan of a resolved config under this schedule of computations."""
     ranks = placement(schedule)
     bounds = stage_layers(config, ranks)
     stages = [
-        StagePlan(rank, first, last, stage_parameters(model, first, last), forward_flops_per_token(config, first, last))
+        StagePlan(rank, first, last, stage_parameters(config.model, first, last), forward_flops_per_token(config, first, last))
         for rank, (first, last) in zip(ranks, bounds, strict=True)
     ]
-    step = simulate(schedule, stage_costs(config, bounds))
-    return PipelinePlan(stages, schedule, step.bubble_fraction, step.peaks)
+    return PipelinePlan(stages, schedule, stage_costs(config, bounds))
 
 
 def schedule_of(config: Config) -> Schedule:
     """The schedule of a resolved config, with transfers; zb_v is made for what the config's stages cost. Raises ConfigError as
     `load_schedule` does."""
+    return load_schedule(config.parallel, costs_for_schedule(config))
+
+
+def costs_for_schedule(config: Config) -> Costs | None:
+    """What a schedule that is made for the stages' costs has to know, of a resolved config: `zb_v`."""
     if config.parallel.schedule != "zb_v":
-        return load_schedule(config.parallel)
+        return None
     ranks = placement(zb_v(config.parallel.pp, int(config.parallel.stages_per_rank), micro_batches=1))
-    return load_schedule(config.parallel, stage_costs(config, stage_layers(config, ranks)))
+    return stage_costs(config, stage_layers(config, ranks))
 
 
 def stage_costs(config: Config, bounds: Sequence[tuple[int, int]]) -> Costs:
