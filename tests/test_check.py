@@ -394,11 +394,11 @@ def test_what_cannot_be_proven_is_refused(changes: dict[str, Any], message: str,
     assert not (tmp_path / "run").exists()
 
 
-def test_refused_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_refused_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="starts its own processes, but this is one of a launcher's: run it without torchrun"):
-        cli.check(None, tmp_path)  # type: ignore[arg-type]
+        cli._run(["check"])
 
 
 def test_a_table_names_no_more_than_one_can_read() -> None:

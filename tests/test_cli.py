@@ -13,6 +13,7 @@ import pytest
 from tests.command import command, environment
 from tptrain import cli
 from tptrain.config import ConfigError, resolve
+from tptrain.typed_config import typed
 
 OPTIONS = {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in cli.CONF.iterdir() if group.is_dir()}
 
@@ -230,7 +231,7 @@ def composed():
 
     ConfigStore.instance().store(name="schema", node=schema())
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        yield lambda *overrides: cli.typed(compose("config", list(overrides)))
+        yield lambda *overrides: typed(compose("config", list(overrides)))
 
 
 def test_every_model_in_every_layout_resolves_or_is_refused(composed):

@@ -20,6 +20,7 @@ from tests.command import command, start
 from tests.ranks import run_ranks
 from tests.support import SMALL, small_config
 from tptrain import answer, cli, launch
+from tptrain.arguments import as_text
 from tptrain.config import Config, ConfigError
 from tptrain.data.tokenizers import ByteTokenizer
 from tptrain.failures import JobFailed
@@ -350,7 +351,7 @@ def test_the_command_line_becomes_the_config() -> None:
 @given(TEXTS)
 def test_a_prompt_is_the_text_as_it_stands(text: str) -> None:
     """On the command line, and on its way to the ranks."""
-    override = OverridesParser.create().parse_override(cli._as_text(f"prompt={text}", {"prompt": "prompt"}))
+    override = OverridesParser.create().parse_override(as_text(f"prompt={text}", {"prompt": "prompt"}))
     config = OmegaConf.to_object(OmegaConf.create({override.key_or_group: override.value()}))
     assert config == {"prompt": text}
     there = OmegaConf.to_object(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(literal({"prompt": [text]})))))

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tptrain.cli import CONF, VERBS, compose
+from tptrain.cli import CONF, compose
 from tptrain.config import Config, resolve
 from tptrain.pipeline.load import load_schedule
+from tptrain.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

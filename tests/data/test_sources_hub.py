@@ -21,6 +21,7 @@ from tptrain import cli
 from tptrain.config_error import ConfigError
 from tptrain.data.sources import open_source
 from tptrain.data_config import DataConfig, SourceConfig, check_data
+from tptrain.typed_config import typed
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -49,7 +50,7 @@ def compose_data() -> Iterator[Callable[..., DataConfig]]:
 
     ConfigStore.instance().store(name="schema", node=schema())
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        yield lambda *overrides: cli.typed(compose("config", list(overrides))).data
+        yield lambda *overrides: typed(compose("config", list(overrides))).data
 
 
 SHIPPED = {
