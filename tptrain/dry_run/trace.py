@@ -1,16 +1,22 @@
 """The dry run: one real step of chosen ranks without values, held against the plan.
 
 Each rank has a process of its own, which ends with it, two at a time: a fake process group stays where it was made.
+
+A step of many micro-batches repeats itself once the pipeline is full. So the step that runs has only so many of them that every rank
+keeps as many activations at a time as in the whole step; the plan that it is held against is of that shorter step too.
 """
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import Any
 
 from tptrain.config import Config, refuse
+from tptrain.pipeline.schedules import SCHEDULES
 from tptrain.plan.communication import Totals, by_exchange, merged, step_traffic
 from tptrain.plan.memory import rank_memory
 from tptrain.plan.pipeline import PipelinePlan, describe
@@ -25,6 +31,8 @@ class TracedRank:
     rank: int
     """Over the whole job: the first tp and dp rank of its pipeline rank."""
     pp_rank: int
+    micro_batches: int
+    """Of the step that ran."""
     planned: Totals
     """Calls and bytes of a step by group and operation."""
     traced: Totals
@@ -38,6 +46,11 @@ class TracedRank:
     def same_calls(self) -> bool:
         """Whether plan and step agree, to the byte."""
         return self.planned == self.traced
+
+    def record(self) -> dict[str, Any]:
+        """The same as JSON, with a list of [group, operation, calls, bytes] for each of planned and traced."""
+        listed = {name: [[*key, *value] for key, value in getattr(self, name).items()] for name in ("planned", "traced")}
+        return vars(self) | listed | {"same_calls": self.same_calls}
 
 
 class TraceError(RuntimeError):
@@ -53,7 +66,7 @@ def trace(config: Config) -> list[TracedRank]:
     if chosen is not None and chosen >= pp:
         raise refuse("plan.trace_rank", chosen, f"is not below parallel.pp={pp}", f"use 0 to {pp - 1}, or null")
     pp_ranks = range(pp) if chosen is None else [chosen]
-    pipeline = describe(config)
+    config, pipeline = shortened(config)
     memory = rank_memory(config, pipeline)
     stride = config.parallel.tp * int(config.parallel.dp)
     context = multiprocessing.get_context("forkserver")  # one import of torch serves all
@@ -66,11 +79,28 @@ def trace(config: Config) -> list[TracedRank]:
             raise TraceError("the process of a dry run was killed, perhaps for want of memory") from error
     return [
         TracedRank(
-            pp_rank * stride, pp_rank, planned_totals(config, pipeline, pp_rank), totals,
+            pp_rank * stride, pp_rank, config.parallel.micro_batches, planned_totals(config, pipeline, pp_rank), totals,
             memory[pp_rank].total - memory[pp_rank].margin, peak, seconds,
         )
         for pp_rank, (totals, peak, seconds) in zip(pp_ranks, counted, strict=True)
     ]  # fmt: skip
+
+
+def shortened(config: Config) -> tuple[Config, PipelinePlan]:
+    """The config with no more micro-batches than fill the pipeline: the fewest, in multiples of pp from 2 pp on, with which every rank has
+    as many live activations as with all. A schedule from a file stays as it is.
+    """
+    whole = describe(config)
+    if config.parallel.schedule not in SCHEDULES:
+        return config, whole
+    for micro_batches in range(2 * config.parallel.pp, config.parallel.micro_batches, config.parallel.pp):
+        shorter = copy.deepcopy(config)
+        shorter.parallel.micro_batches = micro_batches
+        shorter.train.global_batch_size = micro_batches * config.parallel.micro_batch_size * int(config.parallel.dp)
+        pipeline = describe(shorter)
+        if pipeline.peaks == whole.peaks:
+            return shorter, pipeline
+    return config, whole
 
 
 def planned_totals(config: Config, pipeline: PipelinePlan, pp_rank: int, dp_rank: int = 0, tp_rank: int = 0) -> Totals:
