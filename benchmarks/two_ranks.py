@@ -87,7 +87,7 @@ def start(measure: Callable[[Any], None], options: Any, ranks: int = RANKS) -> N
     """Call `measure(options)` on `ranks` ranks of one thread each, with gloo as the default process group, and wait for them."""
     os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")  # before the ranks load torch
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_run, (folder, measure, options, ranks), nprocs=ranks)
+        torch.multiprocessing.spawn(run_rank, (folder, measure, options, ranks), nprocs=ranks)
 
 
 def measure_on_disk(measure: Callable[[Any], None], what: str | None, prefix: str) -> None:
@@ -166,10 +166,11 @@ def _run_pair(number: int, folder: str, measure: Callable[[Pair], dict[str, Any]
             (pair.folder / f"{pair.side}.json").write_text(json.dumps(results))
 
     (pair.folder / pair.side).mkdir(exist_ok=True)
-    _run(number % RANKS, str(pair.folder / pair.side), keep, options)
+    run_rank(number % RANKS, str(pair.folder / pair.side), keep, options)
 
 
-def _run(rank: int, folder: str, measure: Callable[[Any], None], options: Any, ranks: int = RANKS) -> None:
+def run_rank(rank: int, folder: str, measure: Callable[[Any], None], options: Any, ranks: int = RANKS) -> None:
+    """Call `measure(options)` as one of so many ranks, of one thread, that meet in `folder`; ends this process."""
     torch.set_num_threads(1)
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timeout)

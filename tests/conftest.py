@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 LONGEST = (
-    "test_equality.py", "test_pipeline_equality.py", "test_train.py", "test_stop.py", "test_slurm.py", "test_default_run.py",
-    "test_chain.py", "test_hosts.py", "test_kills.py", "test_sweep.py", "test_wheel.py", "test_check.py",
+    "test_equality.py", "test_slurm.py", "test_hosts.py", "test_wheel.py", "test_pipeline_equality.py", "test_default_run.py",
+    "test_stop.py", "test_train.py", "test_chain.py", "test_sweep.py", "test_kills.py", "test_check.py",
 )  # fmt: skip
-"""Files that take a minute or so each. They come first, so that none is left for one worker alone in the end."""
+"""Files that take a minute or so each. They come first, so that none is left for one worker alone in the end, and in turn: one that
+computes beside one that waits."""
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

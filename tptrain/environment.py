@@ -20,6 +20,8 @@ from tptrain.spawn import own_ranks
 
 _AGENT_SECONDS = 10.0
 """How long torchrun's agent may take to end after its ranks, where it does not start them again."""
+_REJOIN_SECONDS = 900.0
+"""How long it may wait for other nodes where it does: more than torchrun's own limit of 600 s, unless that was changed."""
 
 
 def given_place() -> Place | None:
@@ -176,15 +178,21 @@ def give_home() -> None:
         os.environ.setdefault(name, str(place / "cache"))
 
 
+def cache_folder() -> Path:
+    """Where this user's caches of tptrain lie; made if need be."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tptrain")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def submitit_signals() -> list[signal.Signals]:
     """The signal by which submitit stops a job, and by which it is told to queue it again; empty where this is none of its jobs."""
     name = scheduler.submitit_signal(os.environ)
     return [signal.Signals[name]] if name else []
 
 
-def end_agent(config: Config, place: Place, terminal: int) -> None:
+def end_agent(place: Place, terminal: int) -> None:
     """See that torchrun's agent ends on a node that is cut off: soon after its ranks, or with restarts left once waiting is in vain."""
     if place.nodes > 1 and place.local_rank == 0 and under_torchrun():
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        patience = max(config.launch.timeout_seconds, ranks.START_SECONDS) if restarts > 0 else 0
-        agent_watch.leave_behind(_AGENT_SECONDS + patience, terminal)
+        agent_watch.leave_behind(_REJOIN_SECONDS if restarts > 0 else _AGENT_SECONDS, terminal)

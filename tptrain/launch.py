@@ -291,7 +291,7 @@ def take_part(job: Job, place: Place) -> Any:
 
 def _joined(work: str, config: Config, prepare: Callable[[], Job], place: Place, wish: Wish) -> Any:
     """Work as one of a launcher's ranks: see `ranks.joined`."""
-    return ranks.joined(work, config, prepare, place, wish, environment.keep_flights, partial(environment.end_agent, config, place))
+    return ranks.joined(work, config, prepare, place, wish, environment.keep_flights, partial(environment.end_agent, place))
 
 
 def settle(config: Config, place: Place | None) -> Config:

@@ -38,7 +38,7 @@ from tptrain.stop import numbers as stop_signals
 _LONG = timedelta(days=30)
 """More than any preparation takes. Whoever waits so long is released earlier, with an error, where rank 0 dies."""
 
-START_SECONDS = 300.0
+_START_SECONDS = 300.0
 """How long ranks may take to start after one another, where launch.timeout_seconds is shorter."""
 
 # ---- what ranks can do -----------------------------------------------------------------------------------
@@ -86,6 +86,13 @@ def _doctor(job: Job) -> dict[str, Any] | None:
     return examine(job.config, job.run_dir, job.store_dir)
 
 
+def _probe(job: Job) -> dict[str, Any] | None:
+    """What this machine can do."""
+    from tptrain.probe.measure import measure
+
+    return measure(job.config)
+
+
 def _same_versions(store: Any, place: Place, timeout_seconds: float) -> None:
     """Whether the ranks can be compared at all."""
     from tptrain.doctor.versions import agree
@@ -113,6 +120,7 @@ WORKS = {
     "check-twin": Work(_check_twin),
     "check-layout": Work(_check_layout),
     "doctor": Work(_doctor, before=_same_versions),
+    "probe": Work(_probe),
     "generate": Work(_generate, GenerateConfig),
     "eval": Work(_evaluate, EvalConfig),
 }
@@ -361,7 +369,7 @@ def _store_at(meeting: Meeting) -> Any:
     """The store in which the ranks of all nodes find each other."""
     from torch.distributed import TCPStore
 
-    limit = timedelta(seconds=START_SECONDS)
+    limit = timedelta(seconds=_START_SECONDS)
     return roll_call.store_of_attempt(TCPStore(meeting.host, meeting.port, None, False, timeout=limit), meeting.attempt)
 
 
@@ -379,7 +387,7 @@ def _join_group(work: str, config: Config, place: Place, store: Any = None) -> N
     if place == ALONE:
         store = dist.HashStore()
     else:  # ranks start up to minutes after one another, where their libraries come over a slow network
-        slowest = max(config.launch.timeout_seconds, START_SECONDS)
+        slowest = max(config.launch.timeout_seconds, _START_SECONDS)
         if store is None:
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=slowest)))
         roll_call.arrive(store, place.rank, place.world_size, slowest)
@@ -394,10 +402,12 @@ def _join_group(work: str, config: Config, place: Place, store: Any = None) -> N
 def threads(config: Config, local_ranks: int) -> int:
     """CPU threads for this rank: the number asked for, or this machine's cores shared by its ranks."""
     asked = config.launch.threads_per_rank
-    if asked != "auto":
-        return int(asked)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_ranks)
+    return max(1, cores() // local_ranks) if asked == "auto" else int(asked)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _has_group() -> bool:

@@ -88,6 +88,8 @@ class BlockMemory:
     """At the forward's peak, beyond what earlier blocks and this one keep; negative where that is not all made yet is left out."""
     backward_extra: int
     """At the backward's peak, beyond what is kept before it and the gradient that comes in."""
+    input_gradient_extra: int
+    """The same where weight gradients are put off, whose matrices stay."""
 
 
 def block_memory(config: Config, sizes: Sizes) -> BlockMemory:
@@ -95,14 +97,18 @@ def block_memory(config: Config, sizes: Sizes) -> BlockMemory:
     attention, mlp = _attention_kept(config, sizes), _mlp_kept(config, sizes)
     kept = attention + mlp
     forward = max(_attention_forward(config, sizes) - kept, _mlp_forward(config, sizes) - kept, _mlp_end(config, sizes))
-    backward = max(_mlp_backward(config, sizes), _attention_backward(config, sizes) - mlp)
+    of_attention = _attention_backward(config, sizes)
+    backward = max(_mlp_backward(config, sizes), of_attention - mlp)
     deferred = _deferred(config, sizes)
+    putting_off = max(_mlp_input_gradient(config, sizes), of_attention - mlp + _mlp_deferred(config, sizes))
     if config.parallel.recompute != "full":
-        return BlockMemory(kept, deferred, forward, backward)
+        return BlockMemory(kept, deferred, forward, backward, putting_off)
     # Without gradients nothing is kept but x and what names hold; backward runs the forward again, as if all were kept.
     made_again = kept - sizes.stream * _norm_keeps_input(config, sizes)
     forward_again = max(forward, 0) + sizes.stream
-    return BlockMemory(sizes.stream, deferred, _forward_alone(config, sizes), made_again + max(backward, forward_again))
+    alone = _forward_alone(config, sizes)
+    again = made_again + max(backward, forward_again)
+    return BlockMemory(sizes.stream, deferred, alone, again, made_again + max(putting_off, forward_again))
 
 
 # ---- what is kept ------------------------------------------------------------------------------------------
@@ -162,8 +168,13 @@ def _columns(config: Config) -> int:
 
 def _deferred(config: Config, sizes: Sizes) -> int:
     """Input and output's gradient of each layer, whole along the sequence: q, k and v share an input, and so do gate and up."""
-    gradients = sizes.query + 2 * sizes.key + sizes.whole + _columns(config) * sizes.inner + sizes.whole
-    return sizes.whole + sizes.query + sizes.whole + sizes.inner + gradients
+    attention = 2 * sizes.whole + sizes.query + sizes.query + 2 * sizes.key
+    return attention + _mlp_deferred(config, sizes)
+
+
+def _mlp_deferred(config: Config, sizes: Sizes) -> int:
+    """The MLP's of them."""
+    return 2 * sizes.whole + (_columns(config) + 1) * sizes.inner
 
 
 # ---- what comes and goes in forward ------------------------------------------------------------------------
@@ -242,6 +253,14 @@ def _mlp_backward(config: Config, sizes: Sizes) -> int:
     gate = (4 if _forgets(config) else 3) * sizes.inner if config.model.activation == "swiglu" else 0
     column = forgotten - sizes.inner + _columns_backward(sizes) + (sizes.stream if _forgets(config) else 0) + _cast_product(config, sizes)
     return max(row, gate, column)
+
+
+def _mlp_input_gradient(config: Config, sizes: Sizes) -> int:
+    """The same where the activation and the gradients of both layers' outputs stay for the weight gradients."""
+    forgotten = sizes.inner if _forgets(config) else 0
+    activation = (4 if config.model.activation == "swiglu" else 2) * sizes.inner
+    column = _columns_backward(sizes) + (sizes.stream if _forgets(config) else 0)
+    return _gathered(sizes) + forgotten + max(activation, column)
 
 
 def _columns_backward(sizes: Sizes) -> int:

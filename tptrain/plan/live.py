@@ -102,13 +102,19 @@ class _Walk:
         buffers = 0
         if not stage.is_last:
             self.sends.pop(Action(Kind.SEND_ACTIVATION, number, m), None)
-        self._note(stage.backward_extra, 0)
-        self.activations -= stage.activations
+        first = number not in self.gradients and number not in self.gathered_gradients
         if whole:
+            self._note(stage.backward_extra + stage.first_gradients * first, 0)
+            self.activations -= stage.activations
             self._make_gradients(number, stage)
-        deferred = 0 if whole else stage.deferred
-        self._note(stage.last_extra, stage.first_layer_activations + deferred)
-        self.activations += deferred
+            if last and stage.gathered_end:
+                self.gathered_weights[number], self.gathered_gradients[number] = stage.gathered_end, 0
+                self.gradients[number] = stage.gradients
+            self._note(stage.last_extra, stage.first_layer_activations)
+        else:
+            self._note(stage.input_gradient_extra, 0)
+            self.activations += stage.deferred - stage.activations
+            self._note(stage.last_input_gradient_extra, stage.first_layer_activations - stage.first_layer_deferred)
         receive = Action(Kind.RECEIVE_GRADIENT, number, m)
         if receive in self.received:
             self.received.discard(receive)
@@ -129,8 +135,7 @@ class _Walk:
 
     def _weight_gradient(self, action: Action, stage: StageMemory) -> None:
         _, number, m = action
-        if self.completing[number] != action or number not in self.gradients:
-            self._note(0, 0)
+        self._note(0, 0)
         self._make_gradients(number, stage)
         self.activations -= stage.deferred
         self._note(0, 0)

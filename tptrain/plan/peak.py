@@ -14,18 +14,24 @@ from functools import lru_cache
 from tptrain.config import Config
 from tptrain.pipeline.actions import Action, Schedule, receive_before, sends_after
 from tptrain.pipeline.schedules import SCHEDULES
+from tptrain.pipeline.simulate import Costs
+from tptrain.pipeline.zero_bubble import zb_v
 from tptrain.plan.memory import RankMemory, largest
+from tptrain.plan.pipeline import stage_costs
 from tptrain.plan.stage_memory import StageMemory
 
 
 def peak_of(config: Config, stages: Sequence[StageMemory], ranks: Sequence[int], pp_rank: int) -> RankMemory:
     """The memory of one pipeline rank under a schedule that has a name, as `rank_memory` gives it. stages, ranks: of the whole pipeline."""
     parallel = config.parallel
-    each = int(parallel.stages_per_rank)
-    walked = enough_micro_batches(parallel.schedule, parallel.pp, parallel.micro_batches)
+    each, costs = int(parallel.stages_per_rank), None
+    if parallel.schedule == "zb_v":
+        prices = stage_costs(config, [stage.layers for stage in stages])
+        costs = (tuple(prices.forward), tuple(prices.input_gradient), tuple(prices.weight_gradient))
+    walked = enough_micro_batches(parallel.schedule, parallel.pp, each, parallel.micro_batches)
 
     def with_so_many(micro_batches: int) -> RankMemory:
-        computations = _computations(parallel.schedule, parallel.pp, each, micro_batches)[pp_rank]
+        computations = _computations(parallel.schedule, parallel.pp, each, micro_batches, costs)[pp_rank]
         return largest(config, stages, ranks, pp_rank, _own_transfers(computations, ranks))
 
     found, more = with_so_many(walked), parallel.micro_batches - walked
@@ -36,18 +42,29 @@ def peak_of(config: Config, stages: Sequence[StageMemory], ranks: Sequence[int],
     return replace(found, **grown)
 
 
-def enough_micro_batches(schedule: str, ranks: int, micro_batches: int) -> int:
-    """As many micro-batches as need be walked. An interleaved schedule's first group has ceil(m / (m // p)) of them."""
+def enough_micro_batches(schedule: str, ranks: int, stages_per_rank: int, micro_batches: int) -> int:
+    """As many micro-batches as need be walked.
+
+    gpipe: until as many sends are under way as may be. interleaved: groups of p, the first ones of p + 1 where p does not divide them;
+    after four of each kind a rank does again what it did. The others: twice the pipeline's depth, with two legs four times.
+    """
     if schedule == "gpipe":
-        return min(micro_batches, 4)
-    if schedule == "interleaved" and micro_batches > 2 * ranks:
-        first = -(-micro_batches // (micro_batches // ranks))
-        return min(micro_batches, 2 * first)
-    return min(micro_batches, 2 * ranks + 2)
+        return min(micro_batches, ranks * stages_per_rank + 4)
+    if schedule == "interleaved":
+        groups, left = divmod(micro_batches, ranks)
+        longer = min(left, 4)
+        return min(micro_batches, (longer + 4) * ranks + longer) if groups > left else micro_batches
+    return min(micro_batches, (4 if schedule == "zb_v" else 2) * ranks + 2)
+
+
+_Costs = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 
 
 @lru_cache(maxsize=256)
-def _computations(schedule: str, ranks: int, stages_per_rank: int, micro_batches: int) -> Schedule:
+def _computations(schedule: str, ranks: int, stages_per_rank: int, micro_batches: int, costs: _Costs | None) -> Schedule:
+    """costs: of the stages, for a schedule that heeds them."""
+    if costs is not None:
+        return zb_v(ranks, stages_per_rank, micro_batches, Costs(*costs))
     return SCHEDULES[schedule](ranks, stages_per_rank, micro_batches)
 
 

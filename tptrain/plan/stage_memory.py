@@ -16,6 +16,8 @@ _FP32, _INT64 = 4, 8
 class StageMemory:
     """Bytes. Of a micro-batch where it says so."""
 
+    layers: tuple[int, int]
+    """The first and one past the last."""
     parameters: int
     """fp32 weights that the rank keeps."""
     gradients: int
@@ -28,10 +30,12 @@ class StageMemory:
     """With dp>1: the weights to compute with, whole, from the first forward to the last backward of a step."""
     gathered_gradients: int
     """With dp>1: the gradients, whole, from the first backward to the last one of a step."""
+    gathered_end: int
+    """With dp>1: what of both is still whole when the last backward is in the first layer; a layer's is summed and let go of by then."""
     reducing: int
-    """With dp>1, beyond that: when the last backward sums gradients over dp, the largest sum's buffers."""
-    reducing_alone: int
-    """The same where a step has one micro-batch: the gradients of the parts that are not summed yet."""
+    """With dp>1: the buffers of the largest sum of gradients over dp."""
+    first_gradients: int
+    """Of a stage's first backward: the gradients that exist when it is in the last layer, the head's and one of that layer."""
     activations: int
     """Of a micro-batch, kept from its forward to its backward, the stage's input among it."""
     deferred: int
@@ -41,13 +45,19 @@ class StageMemory:
     backward_extra: int
     """Of a micro-batch: at the backward's peak, beyond what was kept and the gradient that comes in."""
     last_extra: int
-    """Of a micro-batch: at the backward's end, in the first layer, beyond what is made there for good."""
+    """Of a micro-batch: when the backward is in the first layer, beyond what is kept of it."""
+    input_gradient_extra: int
+    """As backward_extra, where weight gradients are put off."""
+    last_input_gradient_extra: int
+    """As last_extra, where weight gradients are put off."""
     message: int
     """Of a micro-batch: the activations or gradients between stages."""
     logits: int
     """Of a micro-batch on a CPU: the logits' memory, which is kept for the next."""
     first_layer_activations: int
     """Of a micro-batch: what is still kept when backward has reached the first layer."""
+    first_layer_deferred: int
+    """Of a micro-batch: what that layer will have put off."""
     is_first: bool
     is_last: bool
 
@@ -72,39 +82,59 @@ def stage_memory(config: Config, first_layer: int, last_layer: int) -> StageMemo
     states = {"adamw": 2, "sgd": 1 if config.optimizer.momentum else 0}[config.optimizer.name]
     memory, head = block_memory(config, sizes), _head(config, sizes) if is_last else _Ends(0, 0, 0, 0, 0)
     start = _start_kept(config, sizes) if is_first else 0
-    tables = _FP32 * config.data.seq_len * config.model.head_size if config.model.position == "rope" else 0
+    shared = _shared_by_blocks(config, sizes)
     lower = element < _FP32
-    deferring = config.parallel.schedule in ("zb_h1", "zb_v")
-    # When the blocks' backward begins the loss has let go of what it kept, but for logits that are kept on a CPU or for later.
-    remaining = element * sizes.logits if not sizes.on_gpu or deferring else 0
-    remaining = remaining if is_last and config.train.loss_chunk_tokens is None else 0
-    unit = max(block[1], ends[1])
+    # When the blocks' backward begins the loss has let go of what it kept, but for logits: a CPU keeps their memory, and put-off
+    # weight gradients need their gradient.
+    logits = element * sizes.logits if is_last and config.train.loss_chunk_tokens is None else 0
+    remaining = 0 if sizes.on_gpu else logits
+    passing = sizes.stream if is_last else 0  # the gradient that comes in is no message
+    table, rows = (
+        config.model.hidden_size * -(-size // config.parallel.tp) for size in (config.model.vocab_size, config.model.ffn_hidden_size)
+    )
     return StageMemory(
+        layers=(first_layer, last_layer),
         parameters=_FP32 * kept,
         gradients=_FP32 * kept,
         optimizer=_FP32 * kept * states,
         copies=element * whole if lower and dp == 1 else 0,
         gathered_weights=element * whole if dp > 1 else 0,
         gathered_gradients=_FP32 * whole if dp > 1 else 0,
-        reducing=_FP32 * unit if dp > 1 else 0,
-        reducing_alone=(element * (ends[1] + 2 * block[1]) + _FP32 * unit) if dp > 1 else 0,
-        activations=layers * memory.kept + head.kept + start + tables,
+        gathered_end=(element + _FP32) * (block[1] + ends[1]) if dp > 1 else 0,
+        reducing=_FP32 * max(block[1], ends[1]) if dp > 1 else 0,
+        first_gradients=(element if dp > 1 else _FP32) * (rows + table * is_last),
+        activations=layers * memory.kept + head.kept + start + shared,
         deferred=layers * memory.deferred + head.deferred,
         forward_extra=max(memory.forward_extra - head.kept, head.forward_extra),
-        backward_extra=max(head.backward_extra, memory.backward_extra - head.kept + remaining + (sizes.stream if is_last else 0)),
+        backward_extra=max(head.backward_extra, memory.backward_extra - head.kept + remaining + passing),
         last_extra=memory.backward_extra + sizes.stream + remaining,
+        input_gradient_extra=max(head.backward_extra, memory.input_gradient_extra - head.kept + head.deferred + passing),
+        last_input_gradient_extra=memory.input_gradient_extra + sizes.stream,
         message=sizes.stream,
-        logits=element * sizes.logits if is_last and not sizes.on_gpu and config.train.loss_chunk_tokens is None else 0,
-        first_layer_activations=memory.kept + start + tables,
+        logits=remaining,
+        first_layer_activations=memory.kept + start + shared,
+        first_layer_deferred=memory.deferred,
         is_first=is_first,
         is_last=is_last,
     )  # fmt: skip
 
 
 def batch_bytes(config: Config, is_end: bool) -> int:
-    """The step's tokens on a rank that reads them: rows of seq_len + 1, and the inputs once more."""
+    """The step's tokens on a rank that reads them: rows of seq_len + 1, and the inputs once more. With data.document_mask every rank reads
+    them, and holds each token's document and position, and the targets once more.
+    """
     rows = config.parallel.micro_batch_size * config.parallel.micro_batches
-    return _INT64 * rows * (2 * config.data.seq_len + 1) if is_end else 0
+    documents = 3 * rows * config.data.seq_len if config.data.document_mask else 0
+    return _INT64 * (rows * (2 * config.data.seq_len + 1) + documents) if is_end or documents else 0
+
+
+def _shared_by_blocks(config: Config, sizes: Sizes) -> int:
+    """What a stage makes once a micro-batch for all of its blocks: cosines and sines, and the mask of documents [b, 1, s, s]."""
+    seq_len, documents = config.data.seq_len, config.data.document_mask
+    rope = config.model.position == "rope"
+    tables = _FP32 * config.model.head_size * (sizes.tokens if documents else seq_len) if rope else 0
+    as_mask = documents and (not sizes.on_gpu or config.model.dropout > 0)  # else a GPU's kernel is told where documents begin
+    return tables + (sizes.element * sizes.tokens * seq_len if as_mask else 0)
 
 
 def _elements(shards: Iterable[Shard], dp: int) -> tuple[int, int]:

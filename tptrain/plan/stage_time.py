@@ -1,7 +1,8 @@
 """Seconds of one micro-batch on each stage: what it computes, and what of tp's communication nothing hides.
 
 Communication that the code starts before a matrix product and waits for after it (`tensor_parallel/linear.py`) costs only what it takes
-longer than the product; `Traffic.under` names the product. Where a schedule puts weight gradients off there is none to hide under.
+longer than the product; `Traffic.under` names the product. Where a schedule puts weight gradients off there is none to hide under, and on
+a CPU the products leave the communication no core to run on.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ def stage_times(config: Config, bounds: Sequence[tuple[int, int]]) -> list[Stage
     """Of stages with these layers, as (first, one past last). config: resolved. Raises ConfigError where the hardware's speed is
     unknown."""
     layers = config.model.num_layers
-    clock = _Clock(config)
+    clock = Clock(config)
     kinds = [(last - first, first == 0, last == layers) for first, last in bounds]
     known = {kind: clock.stage(*kind) for kind in set(kinds)}
     return [known[kind] for kind in kinds]
 
 
-class _Clock:
-    """Prices the pieces of a config's model once."""
+class Clock:
+    """Prices the pieces of a resolved config's model once, for its stages. Raises ConfigError where the hardware's speed is unknown."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.device = config, device_of(config)
@@ -80,7 +81,7 @@ class _Clock:
         seconds = collective_seconds(traffic.operation, self.config.parallel.tp, traffic.bytes // traffic.calls, link)
         place = "head" if traffic.purpose.startswith("head") else "columns"
         windows = self.windows.get((traffic.under, place), [0.0])
-        if split and traffic.under == "weight gradient":
+        if self.config.hardware.device == "cpu" or (split and traffic.under == "weight gradient"):
             windows = [0.0]
         return traffic.calls * sum(max(0.0, seconds - window) for window in windows) / len(windows)
 

@@ -1,0 +1,137 @@
+"""Memory by formula against what ranks hold: the peak of tracked tensors, from the building of a trainer to the end of its second
+step, so that the optimizer's state is in."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from tests.plan.memory_cases import CASES, GPT, LLAMA, layout
+from tests.ranks import run_ranks
+from tests.support import skewed_tokens, small_config
+from tptrain.config import Config
+from tptrain.data.dataset import Data
+from tptrain.dry_run.tracked import TrackedBytes
+from tptrain.mesh import build_mesh
+from tptrain.pipeline.actions import placement
+from tptrain.plan.memory import GPU_MARGIN, rank_memory
+from tptrain.plan.peak import enough_micro_batches, peak_of
+from tptrain.plan.pipeline import describe, schedule_of, stage_layers
+from tptrain.plan.stage_memory import stage_memory
+from tptrain.trainer import Trainer
+
+LIMIT = 0.05
+"""Of the measured peak, by which a prediction may miss it."""
+NAMED = ("gpipe", "1f1b", "interleaved", "zb_h1", "zb_v")
+
+
+def measure(rank: int, world: int) -> dict[str, tuple[int, int]]:
+    """On each rank: its pipeline rank and its peak of bytes, by case."""
+    found = {}
+    for name, changes in CASES[world].items():
+        config = small_config(**changes)
+        tokens = skewed_tokens(20_000, config.model.vocab_size)
+        mesh = build_mesh(config.parallel, torch.device("cpu"), 60)
+        with TrackedBytes() as tracked:
+            trainer = Trainer(config, mesh, Data.of_tokens(config, tokens, end_of_document=3))
+            trainer.step()
+            trainer.step()
+        trainer.close()
+        found[name] = (mesh.pp_rank, tracked.peak_bytes)
+    return found
+
+
+@cache
+def measured(world: int) -> list[dict[str, tuple[int, int]]]:
+    """By rank."""
+    return run_ranks(world, measure, world)
+
+
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world, cases in CASES.items() for name in cases])
+def test_predicted_as_measured(world: int, name: str) -> None:
+    """Of each pipeline rank, the largest of its tp and dp ranks."""
+    config = small_config(**CASES[world][name])
+    for predicted in rank_memory(config, describe(config)):
+        peak = max(bytes_ for pp_rank, bytes_ in (rank[name] for rank in measured(world)) if pp_rank == predicted.pp_rank)
+        print(f"pipeline rank {predicted.pp_rank}: predicted {predicted.total:,} measured {peak:,} {predicted.total / peak - 1:+.2%}")
+        assert abs(predicted.total / peak - 1) < LIMIT
+
+
+def test_the_cases_are_of_every_kind() -> None:
+    configs = [small_config(**changes) for cases in CASES.values() for changes in cases.values()]
+    assert len(configs) >= 24
+    pipelines = {config.parallel.schedule for config in configs if config.parallel.pp > 1}
+    assert pipelines == set(NAMED)
+    assert {config.parallel.recompute for config in configs} == {"none", "selective", "full"}
+
+
+# ---- what a search asks --------------------------------------------------------------------------------------
+
+
+def searched(config: Config) -> list[int]:
+    ranks = placement(schedule_of(config))
+    stages = [stage_memory(config, *layers) for layers in stage_layers(config, ranks)]
+    return [peak_of(config, stages, ranks, rank).total for rank in range(config.parallel.pp)]
+
+
+@pytest.mark.parametrize("schedule", NAMED)
+@pytest.mark.parametrize(("pp", "micro_batches"), [(2, 1), (2, 3), (4, 4), (4, 7), (4, 8), (4, 31), (8, 50)])
+def test_a_search_finds_the_same_without_the_whole_schedule(schedule: str, pp: int, micro_batches: int) -> None:
+    """Within 2 %: receives may start a little earlier in the whole schedule, and a buffer more be in use."""
+    changes: dict[str, Any] = {"model__num_layers": 16, "parallel__recompute": "selective"}
+    config = small_config(**LLAMA | changes | layout(pp=pp, schedule=schedule, micro_batches=micro_batches))
+    whole = [rank.total for rank in rank_memory(config, describe(config))]
+    assert searched(config) == pytest.approx(whole, rel=0.02)
+
+
+@pytest.mark.parametrize("schedule", NAMED)
+@pytest.mark.parametrize("pp", [2, 4, 8])
+def test_memory_does_not_depend_on_how_many_micro_batches_there_are(schedule: str, pp: int) -> None:
+    """From some number on, but for the tokens themselves; with gpipe it grows by the same for each."""
+
+    def peaks(micro_batches: int) -> list[int]:
+        config = small_config(**GPT | {"model__num_layers": 16} | layout(pp=pp, schedule=schedule, micro_batches=micro_batches))
+        return [rank.total - rank.buffers for rank in rank_memory(config, describe(config))]
+
+    many, each = 6 * pp, 2 if schedule in ("interleaved", "zb_v") else 1
+    enough = enough_micro_batches(schedule, pp, each, many)
+    assert enough < many
+    if schedule == "gpipe":
+        one, two, three = peaks(enough), peaks(enough + 1), peaks(enough + 2)
+        assert [b - a for a, b in zip(one, two, strict=True)] == [c - b for b, c in zip(two, three, strict=True)]
+    else:
+        assert peaks(enough) == pytest.approx(peaks(many), rel=0.01)
+
+
+# ---- what is stated -------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_keeps_a_stated_share_more() -> None:
+    config = small_config(**GPT, hardware__device="cuda")
+    (memory,) = rank_memory(config, describe(config))
+    assert memory.margin == pytest.approx(GPU_MARGIN * (memory.total - memory.margin), rel=1e-6)
+    config = small_config(**GPT)
+    (memory,) = rank_memory(config, describe(config))
+    assert memory.margin == 0
+
+
+def test_weights_and_their_states_by_hand() -> None:
+    """One process, AdamW: 4 bytes a parameter, twice that of state, 4 of gradient; bf16 copies 2."""
+    config = small_config(**GPT, train__precision="bf16")
+    (memory,) = rank_memory(config, describe(config))
+    h, ffn, vocab, layers, positions = 128, 512, 2048, 4, 128
+    block = 4 * h * h + 4 * h + 2 * h * ffn + ffn + h + 4 * h
+    parameters = layers * block + vocab * h + positions * h + 2 * h
+    assert (memory.parameters, memory.optimizer, memory.copies) == (4 * parameters, 8 * parameters, 2 * parameters)
+    assert memory.gradients in (0, 4 * parameters)
+
+
+def test_sharding_over_dp_divides_what_is_kept() -> None:
+    whole = small_config(**GPT)
+    halves = small_config(**GPT, parallel__dp=2)
+    (one,), (two,) = (rank_memory(config, describe(config)) for config in (whole, halves))
+    assert (two.parameters, two.optimizer) == (one.parameters // 2, one.optimizer // 2)
+    assert two.gathered == 2 * one.parameters, "weights and gradients, whole in fp32"
