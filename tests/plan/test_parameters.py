@@ -53,7 +53,8 @@ def read(group: str, name: str) -> dict[str, Any]:
 
 def admitted(model: str, tp: int) -> Iterator[tuple[Config, list[tuple[int, int]]]]:
     """The model under every layout of `tp` that it can have, with the layers of each stage."""
-    base = replace(small_config(train__global_batch_size=None), model=ModelConfig(**read("model", model)))
+    base = replace(small_config(), model=ModelConfig(**read("model", model)))
+    base.train.global_batch_size = None
     for values in (read("parallel", name) for name in LAYOUTS):
         for change in VARIANTS if values["tp"] == tp else ():
             parallel = ParallelConfig(**values | {"micro_batches": values["pp"]} | change)
@@ -103,7 +104,7 @@ def test_every_shipped_model_under_every_shipped_layout(tp: int) -> None:
                             for dp_rank, elements in kept(built[like], dp).items():
                                 assert rank_parameters(config, first, last, tp_rank, dp_rank) == elements, case
     assert {model for model, *_ in compared} == {model for model in MODELS if read("model", model)["num_heads"] % tp == 0}
-    assert len(compared) > 50
+    assert {dp for *_, dp in compared} >= {1, 2, 3}
 
 
 SMALL: dict[str, ModelConfig] = {
