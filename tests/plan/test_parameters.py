@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +13,7 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.support import small_config
@@ -65,15 +65,25 @@ def admitted(model: str, tp: int) -> Iterator[tuple[Config, list[tuple[int, int]
             yield config, stage_layers(config, placement(schedule_of(config)))
 
 
-def kept(module: nn.Module, dp: int) -> dict[int, int]:
-    """Elements of a module's parameters on the first and the last rank of dp: parts as `fully_shard` cuts them. Those that are alike are
-    cut once."""
-    alike = Counter((tuple(local_part(parameter).shape), dp_dimension(parameter, dp)) for parameter in module.parameters())
-    elements = {0: 0, dp - 1: 0}
-    for (shape, dimension), count in alike.items():
-        parts = torch.empty(shape, device=META).chunk(dp, dimension)
-        for dp_rank in elements:
-            elements[dp_rank] += count * parts[dp_rank].numel() if dp_rank < len(parts) else 0
+Alike = list[tuple[nn.Parameter, int]]
+"""One of the parameters that are alike, and how many they are."""
+
+
+def alike(module: nn.Module) -> Alike:
+    """A module's parameters, whole, by shape and split."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in module.parameters():
+        assert isinstance(parameter, DTensor)
+        groups.setdefault((tuple(parameter.shape), parameter.placements), []).append(parameter)
+    return [(group[0], len(group)) for group in groups.values()]
+
+
+def kept(parameters: Alike, dp: int, dp_rank: int) -> int:
+    """Elements of parameters on one rank of dp: parts as `fully_shard` cuts them."""
+    elements = 0
+    for parameter, count in parameters:
+        parts = local_part(parameter).chunk(dp, dp_dimension(parameter, dp))
+        elements += count * parts[dp_rank].numel() if dp_rank < len(parts) else 0
     return elements
 
 
@@ -93,16 +103,17 @@ def test_every_shipped_model_under_every_shipped_layout(tp: int) -> None:
         with without_peers(tp_rank, tp):
             mesh = DeviceMesh("cpu", list(range(tp)))
             for model, configs in wanted.items():
-                built: dict[tuple[int, bool, bool], GPTStage] = {}
+                built: dict[tuple[int, bool, bool], Alike] = {}
                 for config, stages in configs:
                     for first, last in stages if tp_rank in ranks_that_differ(config.model, tp) else ():
                         like, dp = (last - first, first == 0, last == config.model.num_layers), int(config.parallel.dp)
                         if (case := (model, tp_rank, like, dp)) not in compared:
                             compared.add(case)
                             if like not in built:
-                                built[like] = GPTStage(config.model, first, last, mesh, META)
-                            for dp_rank, elements in kept(built[like], dp).items():
-                                assert rank_parameters(config, first, last, tp_rank, dp_rank) == elements, case
+                                built[like] = alike(GPTStage(config.model, first, last, mesh, META))
+                            for dp_rank in {0, dp - 1}:
+                                found = rank_parameters(config, first, last, tp_rank, dp_rank)
+                                assert found == kept(built[like], dp, dp_rank), case
     assert {model for model, *_ in compared} == {model for model in MODELS if read("model", model)["num_heads"] % tp == 0}
     assert {dp for *_, dp in compared} >= {1, 2, 3}
 
