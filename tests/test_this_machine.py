@@ -28,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_measures_with_two_ranks_and_remembers(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(this_machine, "cores", lambda: 2)
+    monkeypatch.setattr(this_machine, "cores", lambda: 1)
     config = automatic(parallel__tp=2)
     filled = this_machine.measured(config, 2)
     hardware = filled.hardware
@@ -37,7 +37,6 @@ def test_measures_with_two_ranks_and_remembers(cache: Path, monkeypatch: pytest.
     assert 1e7 < hardware.memory_bytes_per_second < 1e12
     assert 1e6 < hardware.node_bytes_per_second < 1e12
     assert 1e-7 < hardware.node_latency_seconds < 1
-    assert hardware.cores == 2
     assert step_time(filled, describe(filled)).tokens_per_second > 0
     (known,) = json.loads(cache.read_text()).values()
     assert known["measured"]["ranks"] == 2
@@ -45,7 +44,7 @@ def test_measures_with_two_ranks_and_remembers(cache: Path, monkeypatch: pytest.
     monkeypatch.setattr(this_machine, "_measure", lambda config: pytest.fail("measured again within a day"))
     assert this_machine.measured(config, 2).hardware == hardware
     four = this_machine.measured(config, 4).hardware
-    assert four.memory_bytes == hardware.memory_bytes / 2, "more ranks than cores share what two have measured"
+    assert four.memory_bytes == hardware.memory_bytes / 2, "more than two ranks a core share what two have measured"
 
     monkeypatch.setattr(this_machine, "_measure", lambda config: known["measured"] | {"memory_bytes": 1.0})
     known["time"] -= 2 * 86_400

@@ -45,8 +45,6 @@ class HardwareConfig:
     """A matrix product whose smallest dimension is this reaches half of that; null means that all products reach it."""
     kernel_seconds: float | None = None
     """What each operation takes besides its arithmetic; null means nothing."""
-    cores: float | None = None
-    """Ranks that a machine can run at full speed at once; more share it. Null means that each rank has a device of its own."""
     dollars_per_device_hour: float | None = None
     """What a device costs; null means no cost is named."""
 

@@ -22,6 +22,8 @@ from tptrain.probe.record import measured_from
 from tptrain.ranks import cores, threads
 
 _DAY_SECONDS = 86_400
+_CROWD = 2
+"""Ranks for each core that measure at most."""
 
 
 def measured(config: Config, ranks: int) -> Config:
@@ -32,7 +34,7 @@ def measured(config: Config, ranks: int) -> Config:
     """
     gpus = launch.count_gpus()
     device, each = ("cuda" if gpus else "cpu"), threads(config, ranks)
-    alone = _tp_alone(config, max(1, min(ranks, gpus or cores() // each)), device, each)
+    alone = _tp_alone(config, min(ranks, gpus or max(1, _CROWD * cores() // each)), device, each)
     key, path = _key(alone), environment.cache_folder() / "this_machine.json"
     known = _read(path)
     found = known.get(key)
@@ -40,10 +42,9 @@ def measured(config: Config, ranks: int) -> Config:
         found = {"time": time.time(), "measured": _measure(alone)}
         write_atomically(path, json.dumps({**known, key: found}, indent=1).encode())
     result = measured_from(found["measured"])
-    if device == "cpu":  # its memory is shared, also where more ranks are planned than have measured
-        result = replace(result, memory_bytes=result.memory_bytes * result.ranks / max(ranks, result.ranks))
-    shared = cores() / each if device == "cpu" else None
-    return replace(config, hardware=result.fill(config.hardware, config.train.precision, shared))
+    if device == "cpu" and ranks > result.ranks:
+        result = result.among(ranks)
+    return replace(config, hardware=result.fill(config.hardware, config.train.precision))
 
 
 def _tp_alone(config: Config, workers: int, device: str, threads_per_rank: int) -> Config:

@@ -213,15 +213,6 @@ def test_transfers_fill_and_empty_the_pipeline() -> None:
     assert step.pp_seconds == pytest.approx(2 * 3 * one)
 
 
-def test_ranks_that_share_cores_take_turns() -> None:
-    """Four ranks on two cores cannot be faster than all of their work on two."""
-    alone = timed(parallel__tp=4)
-    shared = timed(parallel__tp=4, hardware__cores=2)
-    busy = alone.compute_seconds + alone.tp_seconds
-    assert shared.step_seconds - alone.step_seconds == pytest.approx(busy)
-    assert timed(parallel__tp=4, hardware__cores=4).step_seconds == alone.step_seconds
-
-
 # ---- a whole training --------------------------------------------------------------------------------------
 
 

@@ -28,17 +28,24 @@ def test_fit_where_thin_products_are_no_slower() -> None:
 
 
 def test_fills_what_is_open() -> None:
-    filled = FOUND.fill(OPEN, "fp32", 2.0)
-    assert (filled.device, filled.matmul_flops_per_second, filled.matmul_half_size, filled.cores) == ("cpu", 1e11, 16.0, 2.0)
+    filled = FOUND.fill(OPEN, "fp32")
+    assert (filled.device, filled.matmul_flops_per_second, filled.matmul_half_size) == ("cpu", 1e11, 16.0)
     assert (filled.memory_bytes_per_second, filled.kernel_seconds, filled.memory_bytes) == (8e9, 1e-5, 1e10)
     assert (filled.node_bytes_per_second, filled.node_latency_seconds, filled.devices_per_node) == (1e9, 1e-4, None)
     assert filled.peak_flops_per_second is None, "MFU stays null"
-    assert FOUND.fill(OPEN, "bf16", None).matmul_flops_per_second == 4e11
-    assert replace(FOUND, device="cuda").fill(OPEN, "fp32", None).devices_per_node == 2
+    assert FOUND.fill(OPEN, "bf16").matmul_flops_per_second == 4e11
+    assert replace(FOUND, device="cuda").fill(OPEN, "fp32").devices_per_node == 2
 
 
 def test_keeps_what_is_named() -> None:
-    assert FOUND.fill(replace(OPEN, memory_bytes=5e9), "fp32", 2.0).memory_bytes == 5e9
+    assert FOUND.fill(replace(OPEN, memory_bytes=5e9), "fp32").memory_bytes == 5e9
+
+
+def test_more_ranks_share_it() -> None:
+    four = FOUND.among(4)
+    assert four.matmul_flops_per_second == {"fp32": 5e10, "bf16": 2e11}
+    assert (four.memory_bytes_per_second, four.memory_bytes, four.kernel_seconds) == (4e9, 5e9, 2e-5)
+    assert (four.node_bytes_per_second, four.node_latency_seconds) == (1e9, 1e-4)
 
 
 def test_there_and_back_by_json() -> None:

@@ -21,8 +21,8 @@ from tptrain.plan.communication import Traffic, fully_shard_traffic, message_byt
 from tptrain.plan.compute import update_work
 from tptrain.plan.kernels import device_of
 from tptrain.plan.links import collective_seconds, group_links
+from tptrain.plan.parameters import rank_parameters
 from tptrain.plan.pipeline import PipelinePlan, StagePlan, describe, stage_layers
-from tptrain.plan.shards import block_shards, ends_shards
 from tptrain.plan.stage_time import StageTime, stage_times
 
 
@@ -119,8 +119,6 @@ class _Step:
             tp[stage.rank] += m * (time.forward_tp + self._backward_tp(time))
         busy = [sum(both) for both in zip(compute, tp, strict=True)]
         slowest = max(range(len(busy)), key=busy.__getitem__)
-        shared = self._shared(sum(busy))
-        pipeline, instant = max(pipeline, shared), max(instant, shared)
         dp, other = self._dp_seconds(), self._other_seconds()
         step = pipeline + dp + other
         tokens = config.batch_size * config.data.seq_len / step
@@ -140,11 +138,6 @@ class _Step:
 
     def _backward_tp(self, time: StageTime) -> float:
         return time.input_gradient_tp if self.splits else time.backward_tp
-
-    def _shared(self, busy_seconds: float) -> float:
-        """The least that the pipeline takes where ranks share cores. busy_seconds: of all its ranks."""
-        config = self.config
-        return busy_seconds / config.parallel.pp * config.processes / config.hardware.cores if config.hardware.cores else 0.0
 
     def _dp_seconds(self) -> float:
         """fully_shard's collectives, exposed.
@@ -178,13 +171,8 @@ class _Step:
 
     def _update_seconds(self, rank: int) -> float:
         mine = [stage for stage in self.stages if stage.rank == rank]
-        dp, layers = int(self.config.parallel.dp), self.config.model.num_layers
-        kept = 0
-        for stage in mine:
-            kept += (stage.last_layer - stage.first_layer) * sum(shard.elements(dp, 0) for shard in block_shards(self.config))
-            ends = ends_shards(self.config, stage.first_layer == 0, stage.last_layer == layers)
-            kept += sum(shard.elements(dp, 0) for shard in ends)
-        return device_of(self.config).seconds(update_work(self.config, kept, kept * dp))
+        kept = sum(rank_parameters(self.config, stage.first_layer, stage.last_layer) for stage in mine)
+        return device_of(self.config).seconds(update_work(self.config, kept, kept * int(self.config.parallel.dp)))
 
     def _sums_seconds(self, rank: int) -> float:
         """What a rank calls once a step, but for fully_shard's."""

@@ -32,14 +32,23 @@ class Measured:
         """For JSON."""
         return asdict(self)
 
-    def fill(self, hardware: HardwareConfig, precision: str, cores: float | None) -> HardwareConfig:
-        """The group with what it leaves open. precision: what will be computed in. cores: see the key. Where the group names a value, that
-        stays."""
+    def among(self, ranks: int) -> Measured:
+        """The same of each of more ranks that share the machine: so much less of its cores and of its memory."""
+        share = self.ranks / ranks
+        return replace(
+            self,
+            matmul_flops_per_second={name: rate * share for name, rate in self.matmul_flops_per_second.items()},
+            memory_bytes_per_second=self.memory_bytes_per_second * share,
+            kernel_seconds=self.kernel_seconds / share,
+            memory_bytes=self.memory_bytes * share,
+        )
+
+    def fill(self, hardware: HardwareConfig, precision: str) -> HardwareConfig:
+        """The group with what it leaves open. precision: what will be computed in. Where it names a value, that stays."""
         found: dict[str, Any] = {
             "matmul_flops_per_second": self.matmul_flops_per_second[precision],
             "matmul_half_size": self.matmul_half_size[precision] or None,
             "devices_per_node": self.ranks if self.device == "cuda" else None,
-            "cores": cores,
         }
         for key in ("memory_bytes_per_second", "kernel_seconds", "memory_bytes", "node_bytes_per_second", "node_latency_seconds"):
             found[key] = getattr(self, key)
