@@ -19,6 +19,8 @@ class PlanConfig:
     """Tokens of the whole training, for its days and its cost; null means those of train.max_steps."""
     best: int = 10
     """Layouts that a search shows."""
+    pictures: bool = True
+    """Draw, besides writing plan.json."""
 
 
 def check_plan(plan: PlanConfig) -> None:

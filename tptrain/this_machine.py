@@ -23,28 +23,28 @@ from tptrain.ranks import cores, threads
 
 _DAY_SECONDS = 86_400
 _CROWD = 2
-"""Ranks for each core that measure at most."""
+"""Ranks on each core, at most, of a plan for this machine."""
 
 
 def measured(config: Config, ranks: int) -> Config:
-    """The config with this machine in its group `hardware`, for a plan of so many ranks here. What the group names stays.
+    """The config with this machine in its group `hardware`, for a plan of so many ranks on it. What the group names stays; where this
+    machine is too small for so many, so does all of it.
 
     config: typed or resolved, hardware.device=auto. Takes some ten seconds, unless it was done within a day. Raises JobFailed where the
     ranks that measure fail.
     """
     gpus = launch.count_gpus()
     device, each = ("cuda" if gpus else "cpu"), threads(config, ranks)
-    alone = _tp_alone(config, min(ranks, gpus or max(1, _CROWD * cores() // each)), device, each)
+    if ranks > (gpus or _CROWD * cores()):
+        return config
+    alone = _tp_alone(config, ranks, device, each)
     key, path = _key(alone), environment.cache_folder() / "this_machine.json"
     known = _read(path)
     found = known.get(key)
     if found is None or not 0 <= time.time() - found["time"] < _DAY_SECONDS:
         found = {"time": time.time(), "measured": _measure(alone)}
         write_atomically(path, json.dumps({**known, key: found}, indent=1).encode())
-    result = measured_from(found["measured"])
-    if device == "cpu" and ranks > result.ranks:
-        result = result.among(ranks)
-    return replace(config, hardware=result.fill(config.hardware, config.train.precision))
+    return replace(config, hardware=measured_from(found["measured"]).fill(config.hardware, config.train.precision))
 
 
 def _tp_alone(config: Config, workers: int, device: str, threads_per_rank: int) -> Config:

@@ -14,7 +14,7 @@ from tptrain.generate_config import GenerateConfig
 from tptrain.own_data import filled_in
 from tptrain.plot_config import PlotConfig
 from tptrain.slurm.options import SlurmConfig
-from tptrain.typed_config import all_overrides, config_flags, is_job, sweep_dir, typed, typed_as
+from tptrain.typed_config import all_overrides, config_flags, hydra_overrides, is_job, sweep_dir, typed, typed_as
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -101,10 +101,10 @@ def slurm(cfg: DictConfig, run_dir: Path) -> None:
 
 
 def plan(cfg: DictConfig, run_dir: Path) -> None:
-    """Print the stages of a config's pipeline, its bubble and its schedule; nothing is started."""
-    from tptrain.plan import show
+    """Work out memory, traffic and time of a layout, or find the best of all layouts of hardware.devices; nothing is trained."""
+    from tptrain.foresee import plan as foresee
 
-    show.plan(resolve(typed(cfg)))
+    foresee(typed(cfg), run_dir, hydra_overrides())
 
 
 def data(cfg: DictConfig, run_dir: Path) -> None:
@@ -138,6 +138,6 @@ VERBS = {
     "export": Verb(export, "export", ExportConfig, {"run": "run", "to": "to", "checkpoint": "checkpoint.load"}, keeps=False, alone=_ONE),
     "eval": Verb(evaluate, "eval", EvalConfig, _EVAL_TEXTS, filled_in, keeps=False, alone=_STARTS),
     "slurm": Verb(slurm, "slurm", SlurmConfig, alone=_NONE),
-    "plan": Verb(plan, keeps=False, alone=_NONE),
+    "plan": Verb(plan, "plan", alone=_NONE),
     "plot": Verb(plot, "plot", PlotConfig, {"run": "run", "to": "to"}, keeps=False, alone=_ONE),
 }

@@ -3,12 +3,10 @@ formulas. No figure here is ours."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 
-from benchmarks.agreement import kendall_tau
 from benchmarks.plan_literature import ROWS, iteration, table, tokens_of_a_gpu, with_recomputation
 from tptrain.cli import compose
 from tptrain.config import Config, resolve
@@ -72,14 +70,3 @@ def test_communication_of_gpt3() -> None:
     assert calls * one == pytest.approx(112.7e-3, abs=0.05e-3)
     text = DOCS.read_text()
     assert all(f"{number}" in text for number in ("50,331,648", "88,080,384", "293.6 us", "112.7 ms", "384 all-reduces"))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_kendall_counts_pairs(seed: int) -> None:
-    generator = random.Random(seed)
-    one, other = ([generator.random() for _ in range(9)] for _ in range(2))
-    pairs = [(i, j) for j in range(9) for i in range(j)]
-    agreeing = sum(((one[i] < one[j]) == (other[i] < other[j])) - ((one[i] < one[j]) != (other[i] < other[j])) for i, j in pairs)
-    assert kendall_tau(one, other) == pytest.approx(agreeing / len(pairs))
-    assert kendall_tau(one, one) == 1
-    assert kendall_tau(one, [-value for value in one]) == -1

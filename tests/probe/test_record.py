@@ -41,12 +41,5 @@ def test_keeps_what_is_named() -> None:
     assert FOUND.fill(replace(OPEN, memory_bytes=5e9), "fp32").memory_bytes == 5e9
 
 
-def test_more_ranks_share_it() -> None:
-    four = FOUND.among(4)
-    assert four.matmul_flops_per_second == {"fp32": 5e10, "bf16": 2e11}
-    assert (four.memory_bytes_per_second, four.memory_bytes, four.kernel_seconds) == (4e9, 5e9, 2e-5)
-    assert (four.node_bytes_per_second, four.node_latency_seconds) == (1e9, 1e-4)
-
-
 def test_there_and_back_by_json() -> None:
     assert measured_from(json.loads(json.dumps(FOUND.to_dict()))) == FOUND

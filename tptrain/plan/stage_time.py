@@ -42,14 +42,14 @@ def stage_times(config: Config, bounds: Sequence[tuple[int, int]]) -> list[Stage
     """Of stages with these layers, as (first, one past last). config: resolved. Raises ConfigError where the hardware's speed is
     unknown."""
     layers = config.model.num_layers
-    clock = _Clock(config)
+    clock = Clock(config)
     kinds = [(last - first, first == 0, last == layers) for first, last in bounds]
     known = {kind: clock.stage(*kind) for kind in set(kinds)}
     return [known[kind] for kind in kinds]
 
 
-class _Clock:
-    """Prices the pieces of a config's model once."""
+class Clock:
+    """Prices the pieces of a resolved config's model once, for its stages. Raises ConfigError where the hardware's speed is unknown."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.device = config, device_of(config)

@@ -63,7 +63,7 @@ class Training:
 def step_time(config: Config, pipeline: PipelinePlan) -> StepTime:
     """The step of a resolved config whose pipeline is `pipeline`, every action simulated. Raises ConfigError where the hardware's speed is
     unknown."""
-    step = _Step(config, pipeline.stages, any(action.kind is Kind.INPUT_GRADIENT for actions in pipeline.schedule for action in actions))
+    step = Step(config, pipeline.stages, any(action.kind is Kind.INPUT_GRADIENT for actions in pipeline.schedule for action in actions))
     instant = simulate(pipeline.schedule, step.costs(transfer=0.0))
     transfer = step.transfer
     simulation = simulate(pipeline.schedule, step.costs(transfer)) if transfer else instant
@@ -77,7 +77,7 @@ def estimate(config: Config) -> StepTime:
         return step_time(config, describe(config))
     ranks = stage_ranks(parallel.schedule, parallel.pp, int(parallel.stages_per_rank))
     stages = [StagePlan(rank, first, last, 0, 0) for rank, (first, last) in zip(ranks, stage_layers(config, ranks), strict=True)]
-    step = _Step(config, stages, parallel.schedule in ("zb_h1", "zb_v"))
+    step = Step(config, stages, parallel.schedule in ("zb_h1", "zb_v"))
     whole, instant = (
         pipeline_seconds(parallel.schedule, ranks, parallel.micro_batches, step.costs(transfer)) for transfer in (step.transfer, 0.0)
     )
@@ -91,13 +91,13 @@ def training(config: Config, step: StepTime) -> Training:
     return Training(tokens, hours / 24, None if price is None else hours * price * config.processes)
 
 
-class _Step:
+class Step:
     """The pieces of a step, priced."""
 
-    def __init__(self, config: Config, stages: Sequence[StagePlan], splits: bool) -> None:
-        """splits: whether the schedule puts weight gradients off."""
+    def __init__(self, config: Config, stages: Sequence[StagePlan], splits: bool, times: Sequence[StageTime] | None = None) -> None:
+        """splits: whether the schedule puts weight gradients off. times: of the stages, where they are known already."""
         self.config, self.stages, self.splits = config, stages, splits
-        self.times = stage_times(config, [(stage.first_layer, stage.last_layer) for stage in stages])
+        self.times = times or stage_times(config, [(stage.first_layer, stage.last_layer) for stage in stages])
         self.links = group_links(config)
         self.transfer = collective_seconds("send", 2, message_bytes(config), self.links["pp_up"]) if config.parallel.pp > 1 else 0.0
 
@@ -119,7 +119,7 @@ class _Step:
             tp[stage.rank] += m * (time.forward_tp + self._backward_tp(time))
         busy = [sum(both) for both in zip(compute, tp, strict=True)]
         slowest = max(range(len(busy)), key=busy.__getitem__)
-        dp, other = self._dp_seconds(), self._other_seconds()
+        dp, other = self.dp_seconds(), self.other_seconds()
         step = pipeline + dp + other
         tokens = config.batch_size * config.data.seq_len / step
         return StepTime(
@@ -139,7 +139,7 @@ class _Step:
     def _backward_tp(self, time: StageTime) -> float:
         return time.input_gradient_tp if self.splits else time.backward_tp
 
-    def _dp_seconds(self) -> float:
+    def dp_seconds(self) -> float:
         """fully_shard's collectives, exposed.
 
         A stage's weights come with its first forward, and the stages begin one after another. Its gradients go with its last backward, and
@@ -149,10 +149,15 @@ class _Step:
         if int(self.config.parallel.dp) == 1:
             return 0.0
         gathered, reduced = [0.0] * self.config.parallel.pp, [0.0] * self.config.parallel.pp
+        known: dict[tuple[int, bool, bool], tuple[float, float]] = {}  # stages of as many layers with the same ends are alike
         for stage, time in zip(self.stages, self.times, strict=True):
-            traffic = fully_shard_traffic(self.config, stage.first_layer, stage.last_layer)
-            for operation, hidden_by, sums in (("all_gather", time.forward, gathered), ("reduce_scatter", time.backward, reduced)):
-                sums[stage.rank] += self._exposed([each for each in traffic if each.operation == operation], hidden_by)
+            kind = (stage.last_layer - stage.first_layer, stage.first_layer == 0, stage.last_layer == self.config.model.num_layers)
+            if kind not in known:
+                traffic = fully_shard_traffic(self.config, stage.first_layer, stage.last_layer)
+                gathers, scatters = ([each for each in traffic if each.operation == name] for name in ("all_gather", "reduce_scatter"))
+                known[kind] = self._exposed(gathers, time.forward), self._exposed(scatters, time.backward)
+            gathered[stage.rank] += known[kind][0]
+            reduced[stage.rank] += known[kind][1]
         return sum(gathered) + max(reduced)
 
     def _exposed(self, traffic: Sequence[Traffic], hidden_by: float) -> float:
@@ -165,7 +170,7 @@ class _Step:
         alone = max((seconds for _, seconds in each), default=0.0)
         return alone + max(0.0, whole - alone - hidden_by)
 
-    def _other_seconds(self) -> float:
+    def other_seconds(self) -> float:
         """What follows the last backward, and the batch's rows: of the slowest rank, which is the first or the last."""
         return max(self._update_seconds(rank) + self._sums_seconds(rank) for rank in {0, self.config.parallel.pp - 1})
 

@@ -32,17 +32,6 @@ class Measured:
         """For JSON."""
         return asdict(self)
 
-    def among(self, ranks: int) -> Measured:
-        """The same of each of more ranks that share the machine: so much less of its cores and of its memory."""
-        share = self.ranks / ranks
-        return replace(
-            self,
-            matmul_flops_per_second={name: rate * share for name, rate in self.matmul_flops_per_second.items()},
-            memory_bytes_per_second=self.memory_bytes_per_second * share,
-            kernel_seconds=self.kernel_seconds / share,
-            memory_bytes=self.memory_bytes * share,
-        )
-
     def fill(self, hardware: HardwareConfig, precision: str) -> HardwareConfig:
         """The group with what it leaves open. precision: what will be computed in. Where it names a value, that stays."""
         found: dict[str, Any] = {
