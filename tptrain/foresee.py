@@ -19,7 +19,8 @@ from tptrain.config import Config, refuse, resolve
 from tptrain.files import near, write_atomically
 from tptrain.plan import record, show, show_search
 from tptrain.plan.forecast import Forecast, forecast
-from tptrain.plan.layouts import Layout, nearest_devices
+from tptrain.plan.layouts import Layout, Layouts, nearest_devices
+from tptrain.plan.pipeline import PipelinePlan, describe
 from tptrain.plan.search import Found, search
 
 if TYPE_CHECKING:
@@ -36,9 +37,22 @@ def plan(config: Config, run_dir: Path, given: Sequence[str]) -> None:
     Raises ConfigError for a config that cannot run, and where no layout would.
     """
     if config.hardware.devices is None:
-        _one(resolve(config), run_dir)
+        config = resolve(config)
+        pipeline = describe(config)
+        _one(_on_known_hardware(config, config.processes), pipeline, run_dir)
     else:
-        _many(config, config.hardware.devices, run_dir, fixed_keys(config, given))
+        devices, fixed = config.hardware.devices, fixed_keys(config, given)
+        Layouts(config, devices, fixed)  # which refuses what no search can vary
+        _many(_on_known_hardware(config, devices), devices, run_dir, fixed)
+
+
+def _on_known_hardware(config: Config, ranks: int) -> Config:
+    """With hardware=auto, the config with this machine measured."""
+    if config.hardware.device != "auto":
+        return config
+    from tptrain import this_machine  # takes a while, and leads to all that starts ranks
+
+    return this_machine.measured(config, ranks)
 
 
 def fixed_keys(config: Config, given: Sequence[str]) -> dict[str, Any]:
@@ -48,9 +62,9 @@ def fixed_keys(config: Config, given: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value != "auto"}
 
 
-def _one(config: Config, run_dir: Path) -> None:
+def _one(config: Config, pipeline: PipelinePlan, run_dir: Path) -> None:
     """One layout."""
-    found = forecast(config)
+    found = forecast(config, pipeline)
     _say(show.stage_table(found.pipeline), show.memory_table(found.memory), show.traffic_table(found))
     _tell(show.facts(found))
     sys.stderr.flush()
