@@ -35,10 +35,12 @@ def plan(config: Config, run_dir: Path, given: Sequence[str]) -> None:
 
     Raises ConfigError for a config that cannot run, and where no layout would.
     """
-    if config.hardware.devices is None:
-        _one(resolve(config), run_dir)
+    devices = config.hardware.devices
+    if devices is None:
+        resolved = resolve(config)
+        _one(_measured(resolved, resolved.processes, given), run_dir)
     else:
-        _many(config, config.hardware.devices, run_dir, fixed_keys(config, given))
+        _many(_measured(config, devices, given), devices, run_dir, fixed_keys(config, given))
 
 
 def fixed_keys(config: Config, given: Sequence[str]) -> dict[str, Any]:
@@ -46,6 +48,15 @@ def fixed_keys(config: Config, given: Sequence[str]) -> dict[str, Any]:
     names = {override.lstrip("+").partition("=")[0] for override in given}
     values = {key: getattr(config.parallel, key) for key in Layout._fields if f"parallel.{key}" in names}
     return {key: value for key, value in values.items() if value != "auto"}
+
+
+def _measured(config: Config, ranks: int, given: Sequence[str]) -> Config:
+    """The config, with this machine measured where the command line asks for hardware=auto; unasked, a plan stays quick."""
+    if "hardware=auto" not in given:
+        return config
+    from tptrain.this_machine import measured
+
+    return measured(config, ranks)
 
 
 def _one(config: Config, run_dir: Path) -> None:
