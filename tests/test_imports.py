@@ -129,7 +129,7 @@ ALLOWED: dict[str, set[str]] = {
     "own_data": {"config", "job"},
     "survey": {"config", "data", "data_config", "files", "monitor"},
     "export": {"answer", "checkpoint", "config", "config_error", "data", "export_config", "files", "interrupt"},
-    "foresee": {"config", "files", "monitor", "plan", "this_machine"},
+    "foresee": {"config", "dry_run", "files", "monitor", "plan", "this_machine"},
     "sweep": {"config", "files", "monitor"},
     "plot": {"config", "files", "monitor", "pipeline", "plot_config"},
     "arguments": {"config", "job"},

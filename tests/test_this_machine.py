@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.support import small_config
-from tptrain import environment, this_machine
-from tptrain.config import Config
+from tptrain import environment, foresee, this_machine
+from tptrain.config import Config, ConfigError
 from tptrain.plan.pipeline import describe
 from tptrain.plan.time import step_time
 from tptrain.probe import measure
@@ -86,3 +87,22 @@ def test_the_slowest_rank_and_the_quickest_window_count(monkeypatch: pytest.Monk
     import torch
 
     assert measure._seconds_each(lambda: None, torch.device("cpu"), Pair()) == 1.5  # type: ignore[arg-type]
+
+
+def test_the_plan_measures_where_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """hardware=auto alone is measured, for the layout's ranks, or for the devices that are searched."""
+    asked: list[int] = []
+
+    def measured(config: Config, ranks: int) -> Config:
+        asked.append(ranks)
+        return config
+
+    monkeypatch.setattr(this_machine, "measured", measured)
+    for changes in ({"hardware__device": "cpu"}, {"hardware__device": "auto", "parallel__schedule": "nope.txt"}):
+        with contextlib.suppress(ConfigError):
+            foresee.plan(small_config(**changes, plan__pictures=False), tmp_path, [])
+    assert asked == []
+    foresee.plan(automatic(parallel__tp=2, plan__pictures=False), tmp_path, [])
+    with pytest.raises(ConfigError, match="memory_bytes"):
+        foresee.plan(automatic(hardware__devices=4, plan__pictures=False), tmp_path, [])
+    assert asked == [2, 4]

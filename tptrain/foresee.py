@@ -19,15 +19,16 @@ from tptrain.config import Config, refuse, resolve
 from tptrain.files import near, write_atomically
 from tptrain.plan import record, show, show_search
 from tptrain.plan.forecast import Forecast, forecast
-from tptrain.plan.layouts import Layout, nearest_devices
+from tptrain.plan.layouts import Layout, Layouts, nearest_devices
+from tptrain.plan.pipeline import PipelinePlan, describe
 from tptrain.plan.search import Found, search
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_WIDEST = 400
-"""Columns of a table, at most."""
+_WIDEST, _TRACE_WIDTH = 400, 120
+"""Columns of a table, at most; of what a dry run prints."""
 
 
 def plan(config: Config, run_dir: Path, given: Sequence[str]) -> None:
@@ -35,12 +36,23 @@ def plan(config: Config, run_dir: Path, given: Sequence[str]) -> None:
 
     Raises ConfigError for a config that cannot run, and where no layout would.
     """
-    devices = config.hardware.devices
-    if devices is None:
-        resolved = resolve(config)
-        _one(_measured(resolved, resolved.processes, given), run_dir)
+    if config.hardware.devices is None:
+        config = resolve(config)
+        pipeline = describe(config)
+        _one(_on_known_hardware(config, config.processes), pipeline, run_dir)
     else:
-        _many(_measured(config, devices, given), devices, run_dir, fixed_keys(config, given))
+        devices, fixed = config.hardware.devices, fixed_keys(config, given)
+        Layouts(config, devices, fixed)  # which refuses what no search can vary
+        _many(_on_known_hardware(config, devices), devices, run_dir, fixed)
+
+
+def _on_known_hardware(config: Config, ranks: int) -> Config:
+    """With hardware=auto, the config with this machine measured."""
+    if config.hardware.device != "auto":
+        return config
+    from tptrain import this_machine  # takes a while, and leads to all that starts ranks
+
+    return this_machine.measured(config, ranks)
 
 
 def fixed_keys(config: Config, given: Sequence[str]) -> dict[str, Any]:
@@ -50,24 +62,28 @@ def fixed_keys(config: Config, given: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value != "auto"}
 
 
-def _measured(config: Config, ranks: int, given: Sequence[str]) -> Config:
-    """The config, with this machine measured where the command line asks for hardware=auto; unasked, a plan stays quick."""
-    if "hardware=auto" not in given:
-        return config
-    from tptrain.this_machine import measured
-
-    return measured(config, ranks)
-
-
-def _one(config: Config, run_dir: Path) -> None:
+def _one(config: Config, pipeline: PipelinePlan, run_dir: Path) -> None:
     """One layout."""
-    found = forecast(config)
+    found = forecast(config, pipeline)
     _say(show.stage_table(found.pipeline), show.memory_table(found.memory), show.traffic_table(found))
     _tell(show.facts(found))
     sys.stderr.flush()
     sys.stdout.write(show.schedule_file(config, found.pipeline))
     sys.stdout.flush()
-    _leave(config, run_dir, record.of_forecast(found), lambda: pictures_of(found))
+    content = record.of_forecast(found) | ({"trace": _traced(config)} if config.plan.trace else {})
+    _leave(config, run_dir, content, lambda: pictures_of(found))
+
+
+def _traced(config: Config) -> list[dict[str, Any]]:
+    """A step on tensors without values beside what the plan says of it: shown, and as a part of plan.json."""
+    from tptrain.dry_run.show import show_trace  # the step itself runs in processes of its own
+    from tptrain.dry_run.trace import trace
+
+    ranks = trace(config)
+    terminal = Console(stderr=True, highlight=False, markup=False)
+    terminal.width = max(terminal.width, _TRACE_WIDTH)
+    show_trace(config, ranks, terminal)
+    return [rank.record() for rank in ranks]
 
 
 def _many(config: Config, devices: int, run_dir: Path, fixed: Mapping[str, Any]) -> None:

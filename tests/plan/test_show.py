@@ -17,9 +17,13 @@ from tptrain.pipeline.notation import loads
 from tptrain.pipeline.schedules import SCHEDULES
 from tptrain.plan.pipeline import describe
 
+UNKNOWN = "hardware.device=cpu"
+"""The default hardware, but not measured: nothing is known of its speed."""
+
 
 def test_the_schedule_goes_to_stdout_and_the_stages_to_stderr(tmp_path: Path) -> None:
-    outcome = command(tmp_path, "plan", "parallel=pp4", "parallel.schedule=gpipe", "parallel.micro_batches=2", "model.num_layers=8")
+    layout = ["parallel=pp4", "parallel.schedule=gpipe", "parallel.micro_batches=2", "model.num_layers=8"]
+    outcome = command(tmp_path, "plan", *layout, UNKNOWN)
     assert outcome.code == 0, outcome.err
     schedule = [f"{rank}F0 {rank}F1 {rank}B0 {rank}B1" for rank in range(4)]
     assert outcome.out.splitlines() == ["# parallel.pp=4 parallel.stages_per_rank=1 parallel.micro_batches=2", *schedule]
@@ -50,12 +54,13 @@ def test_what_it_writes_is_a_schedule_file(tmp_path: Path, schedule: str) -> Non
         "parallel.micro_batches=6",
         "hydra.run.dir=here",
         "plan.pictures=false",
+        UNKNOWN,
         f"parallel.stages_per_rank={1 if schedule == 'zb_h1' else 2}",
     ]
     first = command(tmp_path, "plan", *layout, f"parallel.schedule={schedule}")
     (tmp_path / "mine.txt").write_text(first.out)
     keys = first.out.splitlines()[0].removeprefix("# ").split()
-    again = command(tmp_path, "plan", *keys, "parallel.schedule=mine.txt", "hydra.run.dir=here", "plan.pictures=false")
+    again = command(tmp_path, "plan", *keys, "parallel.schedule=mine.txt", "hydra.run.dir=here", "plan.pictures=false", UNKNOWN)
     assert (first.code, again.code) == (0, 0), first.err + again.err
     assert again.out == first.out
     assert pipeline_lines(again.err) == pipeline_lines(first.err.replace(schedule, "mine.txt"))
@@ -71,7 +76,7 @@ def test_refused_in_one_line(tmp_path: Path) -> None:
         ("parallel.pp=9",): "parallel.pp=9 needs a layer a stage",
         ("parallel.schedule=nope.txt",): "parallel.schedule=nope.txt is no file",
         ("hardware.devices=4",): "train.global_batch_size=null makes the batch follow from the layout",
-        ("hardware.devices=4", "train.global_batch_size=8"): "hardware.memory_bytes=null is unknown",
+        ("hardware=cpu", "hardware.devices=4", "train.global_batch_size=8"): "hardware.memory_bytes=null is unknown",
         ("hardware=h100", "hardware.devices=7", "train.global_batch_size=8"): "hardware.devices=7 has no layout, as",
         ("hardware=h100", "hardware.devices=2", "train.global_batch_size=8", "hardware.memory_bytes=1e6"): "hardware.devices=2 has ",
     }.items():
@@ -93,7 +98,7 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
     script = """
 import json, sys
 from tptrain.cli import main
-sys.argv = ["tptrain", "plan", "parallel=tp8_pp8", "model=gpt_175b", "plan.pictures=false"]
+sys.argv = ["tptrain", "plan", "parallel=tp8_pp8", "model=gpt_175b", "plan.pictures=false", "hardware.device=cpu"]
 try:
     main()
 finally:

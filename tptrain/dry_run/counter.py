@@ -6,8 +6,9 @@ backward, and of `fully_shard`, on any backend and any device.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,29 +43,34 @@ class CallCounter(TorchDispatchMode):
         """Calls and bytes by group and operation, so far."""
         return {key: (self._calls[key], self._bytes[key]) for key in sorted(self._calls)}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func.namespace == "c10d":
-            self._count(func, args)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation; count it if it is a process group's."""
+        operation = _operation(func)
+        if operation is not None:
+            group = next(dist.ProcessGroup.unbox(arg) for arg in args if _is_group(arg)).group_name
+            key = (self._names.get(group, group), operation)
+            self._calls[key] += 1
+            self._bytes[key] += max(_bytes(arg) for arg in args if not _is_group(arg))
         return func(*args, **(kwargs or {}))
-
-    def _count(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        groups = [dist.ProcessGroup.unbox(leaf) for leaf in args if _is_group(leaf)]
-        name = func.__name__.partition(".")[0]
-        key = (self._names.get(groups[0].group_name, groups[0].group_name), _OPERATIONS.get(name, name))
-        self._calls[key] += 1
-        self._bytes[key] += max((_bytes(tree_leaves(arg)) for arg in args if not _is_group(arg)), default=0)
 
 
 def group_names(mesh: Mesh) -> dict[str, str]:
     """The plan's names of a mesh's groups, by `group_name`."""
-    groups = {"tp": mesh.tp_group, "dp": mesh.dp_group, "pp_up": mesh.pp_up, "pp_down": mesh.pp_down}
-    groups |= {"world": mesh.world} | ({"embedding": mesh.embedding} if mesh.embedding is not None else {})
+    groups = {"tp": mesh.tp_group, "dp": mesh.dp_group, "pp_up": mesh.pp_up, "pp_down": mesh.pp_down, "world": mesh.world}
+    groups |= {"embedding": mesh.embedding} if mesh.embedding is not None else {}
     return {group.group_name: name for name, group in groups.items()}
+
+
+@functools.cache
+def _operation(func: Any) -> str | None:
+    """What the plan calls an operator; None for one that is no process group's."""
+    library, _, name = func.name().partition("::")
+    return _OPERATIONS.get(name, name) if library == "c10d" else None
 
 
 def _is_group(argument: Any) -> bool:
     return isinstance(argument, torch.ScriptObject) and "ProcessGroup" in argument._type().qualified_name()
 
 
-def _bytes(leaves: list[Any]) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+def _bytes(argument: Any) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(argument) if isinstance(leaf, Tensor))

@@ -36,10 +36,10 @@ def forgetting(tensor: Tensor, remake: Callable[[], Tensor], enabled: bool) -> I
     if not enabled or not torch.is_grad_enabled():
         yield
         return
-    address, shape = tensor.data_ptr(), tensor.shape
+    place = _place(tensor)  # the hooks outlive the block and must not hold the tensor
 
     def pack(kept: Tensor) -> Tensor | None:
-        return None if kept.data_ptr() == address and kept.shape == shape else kept
+        return None if _place(kept) == place else kept
 
     def unpack(kept: Tensor | None) -> Tensor:
         if kept is not None:
@@ -49,3 +49,8 @@ def forgetting(tensor: Tensor, remake: Callable[[], Tensor], enabled: bool) -> I
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies, and its shape; also of one without values, which has no address."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape

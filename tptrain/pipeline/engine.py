@@ -204,7 +204,7 @@ class PipelineEngine:
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
     """Whether one is, or may be, made of the other's memory."""
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return one.untyped_storage() is other.untyped_storage()
 
 
 def _run_backward(output: GradientEdge, gradient: Tensor | None, loss_scale: Tensor) -> None:
