@@ -55,3 +55,15 @@ def test_close_to_the_simulation(schedule: str, v: int) -> None:
                     simulated = simulate(SCHEDULES[schedule](p, v, m), costs).step_seconds
                     formula = pipeline_seconds(schedule, stage_ranks(schedule, p, v), m, costs)
                     assert formula == pytest.approx(simulated, rel=0.08 if m >= 2 * p else 0.15), (p, m, spread, transfer)
+
+
+@pytest.mark.parametrize("p", [4, 8])
+def test_slow_transfers_hold_1f1b_up_in_the_middle(p: int) -> None:
+    """A transfer of half a forward: rank 0 has p micro-batches under way, each 3 p and 2 (p - 1) transfers there and back."""
+    ones, m = [1.0] * p, 16 * p
+    costs = Costs(ones, ones, ones, transfer=0.5)
+    formula = pipeline_seconds("1f1b", stage_ranks("1f1b", p, 1), m, costs)
+    steady = (3 * p + 2 * (p - 1) * 0.5) / p
+    assert formula == pytest.approx(m * steady, rel=0.05)
+    assert formula == pytest.approx(simulate(SCHEDULES["1f1b"](p, 1, m), costs).step_seconds, rel=0.15)
+    assert formula > 1.15 * pipeline_seconds("1f1b", stage_ranks("1f1b", p, 1), m, Costs(ones, ones, ones))

@@ -17,6 +17,7 @@ from tptrain.data.dataset import Data
 from tptrain.dry_run.tracked import TrackedBytes
 from tptrain.mesh import build_mesh
 from tptrain.pipeline.actions import placement
+from tptrain.plan.activations import Sizes, block_memory
 from tptrain.plan.memory import GPU_MARGIN, rank_memory
 from tptrain.plan.peak import enough_micro_batches, peak_of
 from tptrain.plan.pipeline import describe, schedule_of, stage_layers
@@ -135,3 +136,17 @@ def test_sharding_over_dp_divides_what_is_kept() -> None:
     (one,), (two,) = (rank_memory(config, describe(config)) for config in (whole, halves))
     assert (two.parameters, two.optimizer) == (one.parameters // 2, one.optimizer // 2)
     assert two.gathered == 2 * one.parameters, "weights and gradients, whole in fp32"
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_block_keeps_what_the_literature_counts(tp: int, sequence: bool) -> None:
+    """Korthikanti et al. 2022, table 2, in bytes at 2 a number: s b h (10 + 24/t), or with sequence parallelism 34/t, without the matrices
+    of attention, which is fused; 2 s b h of it are dropout's masks, of which there are none. Beside: two numbers a norm, one a head.
+    """
+    config = small_config(**GPT, train__precision="bf16", hardware__device="cuda", **layout(tp=tp, sequence_parallel=sequence))
+    tokens, hidden = 2 * 128, 128
+    numbers = 4 * 4 * tokens // (tp if sequence else 1) + 4 * tokens * 4 // tp
+    assert block_memory(config, Sizes.of(config)).kept == tokens * hidden * (32 // tp if sequence else 8 + 24 // tp) + numbers
+    config.parallel.recompute = "full"
+    assert block_memory(config, Sizes.of(config)).kept == 2 * tokens * hidden // (tp if sequence else 1)

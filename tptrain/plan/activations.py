@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from tptrain.config import Config
 
-_FP32, _INT64 = 4, 8
+FP32, INT64 = 4, 8
+"""Bytes of a number."""
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2}
 """Of a number that layers compute with, by `train.precision`."""
 
@@ -116,22 +117,22 @@ def block_memory(config: Config, sizes: Sizes) -> BlockMemory:
 
 def norm_kept(config: Config, sizes: Sizes) -> int:
     """What a norm's backward needs besides its output: its input x and a number or two a token."""
-    numbers = _FP32 * sizes.own_tokens
+    numbers = FP32 * sizes.own_tokens
     if config.model.norm == "layernorm":
         return sizes.stream + 2 * numbers  # mean and 1 / deviation
     if sizes.on_gpu:
         return sizes.stream + numbers  # one kernel: x, 1 / root mean square
     # On a CPU it is several operations, in fp32: x and x / root mean square. x as it came is then not needed.
     return (
-        2 * sizes.stream * _FP32 // sizes.element
+        2 * sizes.stream * FP32 // sizes.element
         + numbers
-        + sizes.stream * (config.parallel.recompute == "selective") * (sizes.element < _FP32)
+        + sizes.stream * (config.parallel.recompute == "selective") * (sizes.element < FP32)
     )
 
 
 def _norm_keeps_input(config: Config, sizes: Sizes) -> bool:
     """Whether x itself is kept by a norm, rather than a copy of it."""
-    return config.model.norm == "layernorm" or sizes.on_gpu or sizes.element == _FP32
+    return config.model.norm == "layernorm" or sizes.on_gpu or sizes.element == FP32
 
 
 def _forgets(config: Config) -> bool:
@@ -140,7 +141,7 @@ def _forgets(config: Config) -> bool:
 
 def _dropout_mask(config: Config, sizes: Sizes) -> int:
     """Dropout before a residual sum multiplies with an fp32 mask, of the whole sequence also where x is a part of it."""
-    return _FP32 * sizes.whole // sizes.element if config.model.dropout else 0
+    return FP32 * sizes.whole // sizes.element if config.model.dropout else 0
 
 
 def _attention_kept(config: Config, sizes: Sizes) -> int:
@@ -148,11 +149,11 @@ def _attention_kept(config: Config, sizes: Sizes) -> int:
     kept = norm_kept(config, sizes) + sizes.query + _dropout_mask(config, sizes)
     kept += 0 if _forgets(config) else sizes.stream
     if not config.model.dropout:
-        return kept + sizes.query + 2 * sizes.key + _FP32 * sizes.tokens * sizes.heads  # the sum of exponentials of each row and head
+        return kept + sizes.query + 2 * sizes.key + FP32 * sizes.tokens * sizes.heads  # the sum of exponentials of each row and head
     if _forgets(config):
         return kept + sizes.query + 2 * sizes.key
     # q, k, v in copies, k and v repeated for each query head; the weights in fp32, their mask, what is left of them; what is in the future
-    return kept + 3 * sizes.query + sizes.scores * (2 * _FP32 + sizes.element) + config.data.seq_len**2
+    return kept + 3 * sizes.query + sizes.scores * (2 * FP32 + sizes.element) + config.data.seq_len**2
 
 
 def _mlp_kept(config: Config, sizes: Sizes) -> int:
@@ -187,7 +188,7 @@ def _row_sum(sizes: Sizes) -> int:
 
 def _mlp_end(config: Config, sizes: Sizes) -> int:
     """Beyond all that is kept: at the row layer attention's last output, or at the end y and x + y, with dropout also y's product."""
-    dropped = _FP32 * sizes.stream // sizes.element if config.model.dropout else 0
+    dropped = FP32 * sizes.stream // sizes.element if config.model.dropout else 0
     forgotten = sizes.stream + sizes.inner if _forgets(config) else 0
     return max(forgotten + sizes.stream + _row_sum(sizes), 2 * sizes.stream + dropped)
 
@@ -208,16 +209,14 @@ def _attention_forward(config: Config, sizes: Sizes) -> int:
     if _forgets(config):
         return _attention_kept(config, sizes) - _dropout_mask(config, sizes) + _weights_made(sizes) + 2 * sizes.query
     kept = _attention_kept(config, sizes) - sizes.query - _dropout_mask(config, sizes)
-    lower = sizes.element < _FP32
-    passing = sizes.scores * (
-        sizes.element + _FP32 + lower * (sizes.element + _FP32)
-    )  # scores, masks a head; weights and product to be cast
+    lower = sizes.element < FP32
+    passing = sizes.scores * (sizes.element + FP32 + lower * (sizes.element + FP32))  # scores, masks a head; weights and product to be cast
     return kept + sizes.query + 2 * sizes.key + passing
 
 
 def _weights_made(sizes: Sizes) -> int:
     """Attention under dropout with nothing kept: scores, weights, masks a head, the masks together and their product with the weights."""
-    return sizes.scores * (2 * sizes.element + 3 * _FP32) + sizes.query
+    return sizes.scores * (2 * sizes.element + 3 * FP32) + sizes.query
 
 
 def _forward_alone(config: Config, sizes: Sizes) -> int:
@@ -235,7 +234,7 @@ def _forward_alone(config: Config, sizes: Sizes) -> int:
 
 def _cast_product(config: Config, sizes: Sizes) -> int:
     """A weight gradient of the compute dtype, before it is added to the fp32 sum."""
-    if sizes.element == _FP32:
+    if sizes.element == FP32:
         return 0
     return config.model.hidden_size * config.model.ffn_hidden_size // config.parallel.tp * sizes.element
 
@@ -275,4 +274,4 @@ def _attention_backward(config: Config, sizes: Sizes) -> int:
         return _columns_backward(sizes) + (sizes.stream if _forgets(config) else 0)
     if _forgets(config):  # the weights are made again first
         return _weights_made(sizes) + 2 * sizes.query
-    return sizes.scores * _FP32 + gradients  # of what is left of the weights: two gradients beside each other, one matrix freed
+    return sizes.scores * FP32 + gradients  # of what is left of the weights: two gradients beside each other, one matrix freed

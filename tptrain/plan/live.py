@@ -104,13 +104,15 @@ class _Walk:
             self.sends.pop(Action(Kind.SEND_ACTIVATION, number, m), None)
         first = number not in self.gradients and number not in self.gathered_gradients
         if whole:
-            self._note(stage.backward_extra + stage.first_gradients * first, 0)
+            self._note(stage.first_backward_extra if first else stage.backward_extra, 0)
             self.activations -= stage.activations
             self._make_gradients(number, stage)
+            unmade = stage.unmade_gradients if first else 0
             if last and stage.gathered_end:
                 self.gathered_weights[number], self.gathered_gradients[number] = stage.gathered_end, 0
-                self.gradients[number] = stage.gradients
-            self._note(stage.last_extra, stage.first_layer_activations)
+                self.gradients[number], unmade = stage.gradients, 0
+            self._note(stage.last_extra - unmade, stage.first_layer_activations)
+            self._note(0, 0)
         else:
             self._note(stage.input_gradient_extra, 0)
             self.activations += stage.deferred - stage.activations
