@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_WIDEST, _TRACE_WIDTH = 400, 120
-"""Columns of a table, at most; of what a dry run prints."""
+_WIDEST = 400
+"""Columns of a table, at most."""
 
 
 def plan(config: Config, run_dir: Path, given: Sequence[str]) -> None:
@@ -70,20 +70,7 @@ def _one(config: Config, pipeline: PipelinePlan, run_dir: Path) -> None:
     sys.stderr.flush()
     sys.stdout.write(show.schedule_file(config, found.pipeline))
     sys.stdout.flush()
-    content = record.of_forecast(found) | ({"trace": _traced(config)} if config.plan.trace else {})
-    _leave(config, run_dir, content, lambda: pictures_of(found))
-
-
-def _traced(config: Config) -> list[dict[str, Any]]:
-    """A step on tensors without values beside what the plan says of it: shown, and as a part of plan.json."""
-    from tptrain.dry_run.show import show_trace  # the step itself runs in processes of its own
-    from tptrain.dry_run.trace import trace
-
-    ranks = trace(config)
-    terminal = Console(stderr=True, highlight=False, markup=False)
-    terminal.width = max(terminal.width, _TRACE_WIDTH)
-    show_trace(config, ranks, terminal)
-    return [rank.record() for rank in ranks]
+    _leave(config, run_dir, record.of_forecast(found) | _dry_run(config), lambda: pictures_of(found))
 
 
 def _many(config: Config, devices: int, run_dir: Path, fixed: Mapping[str, Any]) -> None:
@@ -98,7 +85,22 @@ def _many(config: Config, devices: int, run_dir: Path, fixed: Mapping[str, Any])
     sys.stderr.flush()
     print("\n".join(each.layout.overrides for each in found.best), flush=True)
     content = record.of_forecast(found.best[0].forecast) | {"search": show_search.of_search(found)}
+    content |= _dry_run(found.best[0].forecast.config)
     _leave(config, run_dir, content, lambda: {**pictures_of(found.best[0].forecast), **picture_of_search(found)})
+
+
+def _dry_run(config: Config) -> dict[str, Any]:
+    """With plan.trace, one real step of the layout on tensors without values, shown beside the plan; for plan.json."""
+    if not config.plan.trace:
+        return {}
+    from tptrain.dry_run.show import call_table, memory_table
+    from tptrain.dry_run.show import facts as of_trace
+    from tptrain.dry_run.trace import trace
+
+    ranks = trace(config)
+    _say(call_table(ranks), memory_table(ranks))
+    _tell(of_trace(config, ranks))
+    return {"dry_run": [rank.record() for rank in ranks]}
 
 
 def pictures_of(found: Forecast) -> dict[str, Figure]:

@@ -4,37 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from tptrain.config import Config
 from tptrain.dry_run.trace import TracedRank
+from tptrain.plan.units import as_bytes
 
-_GIB = 2**30
 
-
-def show_trace(config: Config, ranks: Sequence[TracedRank], terminal: Console) -> None:
-    """Print a table of calls and bytes, one of the peak of memory, and what ran. config: resolved, with all its micro-batches."""
-    terminal.print(call_table(ranks))
-    terminal.print(memory_table(ranks))
-    steps = {rank.micro_batches for rank in ranks}
-    for micro_batches in steps:
-        of = (
-            f"{micro_batches} of {config.parallel.micro_batches} micro-batches"
-            if micro_batches < config.parallel.micro_batches
-            else "whole"
-        )
-        seconds = sum(rank.seconds for rank in ranks)
-        terminal.print(f"dry run     one step, {of}, on {len(ranks)} of {config.processes} ranks: {seconds:.0f} s of work", soft_wrap=True)
+def facts(config: Config, ranks: Sequence[TracedRank]) -> list[tuple[str, str]]:
+    """What ran and whether it was as planned, as (label, value). config: resolved, with all its micro-batches."""
+    ran, asked, seconds = ranks[0].micro_batches, config.parallel.micro_batches, sum(rank.seconds for rank in ranks)
+    what = "the whole step" if ran == asked else f"a step of {ran} of its {asked} micro-batches, which fill the pipeline,"
     different = [str(rank.pp_rank) for rank in ranks if not rank.same_calls]
     verdict = f"differ on pipeline rank {', '.join(different)}" if different else "are those of the plan, to the byte"
-    terminal.print(f"            calls and bytes {verdict}", soft_wrap=True)
+    worst = max(ranks, key=lambda rank: abs(rank.planned_peak_bytes - rank.traced_peak_bytes) / rank.traced_peak_bytes)
+    error = worst.planned_peak_bytes / worst.traced_peak_bytes - 1
+    return [
+        ("dry run", f"{what} on {len(ranks)} of {config.processes} ranks, {seconds:.0f} s of work; calls and bytes {verdict}"),
+        ("", f"the planned peak of memory is at most {100 * error:+.1f} % off, on pipeline rank {worst.pp_rank}"),
+    ]
 
 
 def call_table(ranks: Sequence[TracedRank]) -> Table:
     """A row for each group and operation of a rank, or of several that plan and do the same."""
-    table = Table()
-    for heading in ("pipeline rank", "group", "operation", "planned calls", "traced", "planned bytes", "traced", ""):
+    table = Table(title="dry run: calls of the process groups")
+    for heading in ("pp rank", "group", "operation", "planned calls", "traced", "planned bytes", "traced", ""):
         table.add_column(heading, justify="left" if heading in ("group", "operation", "") else "right")
     alike: dict[str, list[TracedRank]] = {}
     for rank in ranks:
@@ -52,10 +46,10 @@ def call_table(ranks: Sequence[TracedRank]) -> Table:
 
 def memory_table(ranks: Sequence[TracedRank]) -> Table:
     """A row a rank."""
-    table = Table()
-    for heading in ("pipeline rank", "rank", "planned peak", "traced peak", "planned / traced"):
+    table = Table(title="dry run: tensors at their most")
+    for heading in ("pp rank", "rank", "planned peak", "traced peak", "planned / traced"):
         table.add_column(heading, justify="right")
     for rank in ranks:
         planned, traced = rank.planned_peak_bytes, rank.traced_peak_bytes
-        table.add_row(f"{rank.pp_rank}", f"{rank.rank}", f"{planned / _GIB:.3f} GiB", f"{traced / _GIB:.3f} GiB", f"{planned / traced:.3f}")
+        table.add_row(f"{rank.pp_rank}", f"{rank.rank}", as_bytes(planned), as_bytes(traced), f"{planned / traced:.3f}")
     return table

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -71,7 +73,7 @@ def trace(config: Config) -> list[TracedRank]:
     stride = config.parallel.tp * int(config.parallel.dp)
     context = multiprocessing.get_context("forkserver")  # one import of torch serves all
     context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "tptrain.dry_run.step"])
-    with ProcessPoolExecutor(_AT_A_TIME, context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(_AT_A_TIME, context, _end_with_command, max_tasks_per_child=1) as pool:
         running = [pool.submit(_count, config, pp_rank * stride) for pp_rank in pp_ranks]
         try:
             counted = [each.result() for each in running]
@@ -107,6 +109,18 @@ def planned_totals(config: Config, pipeline: PipelinePlan, pp_rank: int, dp_rank
     """The plan's calls and bytes as a rank on the config's device makes them."""
     traffic = step_traffic(config, pipeline, pp_rank, dp_rank, tp_rank)
     return merged(traffic if config.hardware.device == "cuda" else by_exchange(config, traffic))
+
+
+def _end_with_command() -> None:
+    """Have this process end when the command is killed, and not only after its step."""
+    command = multiprocessing.parent_process()
+    assert command is not None
+
+    def wait() -> None:
+        command.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _count(config: Config, rank: int) -> tuple[Totals, int, float]:
