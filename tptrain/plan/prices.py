@@ -187,4 +187,4 @@ def enough_micro_batches(layout: Layout, micro_batches: int) -> int:
     schedule repeats itself. gpipe keeps all; interleaved repeats itself where its groups are alike."""
     if layout.schedule == "gpipe" or (layout.schedule == "interleaved" and micro_batches % layout.pp):
         return micro_batches
-    return min(micro_batches, 3 * layout.pp if layout.schedule == "interleaved" else 2 * layout.pp + 2)
+    return min(micro_batches, {"interleaved": 3 * layout.pp, "zb_v": 3 * layout.pp + 2}.get(layout.schedule, 2 * layout.pp + 2))
