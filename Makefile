@@ -27,6 +27,7 @@ bench: $(READY)  ## Measure speed; results print as ratios
 	$(BIN)/python -m benchmarks.tensor_parallel
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.pipeline_overhead
+	$(BIN)/python -m benchmarks.plan_time
 	$(BIN)/python -m benchmarks.tokenising
 	$(BIN)/python -m benchmarks.checkpoints
 	$(BIN)/python -m benchmarks.async_saves

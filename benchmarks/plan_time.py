@@ -83,12 +83,14 @@ def layout_config(options: Options, keys: str, hardware: str) -> Config:
 
 
 def predict(options: Options) -> dict[str, StepTime]:
-    """Each layout's step, on this machine as it measures."""
+    """Each layout's step, on this machine as it measures now."""
     steps = {}
-    for name, keys in LAYOUTS.items():
-        config = layout_config(options, keys, "auto")
-        config = this_machine.measured(config, config.processes)
-        steps[name] = step_time(config, describe(config))
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["XDG_CACHE_HOME"] = cache
+        for name, keys in LAYOUTS.items():
+            config = layout_config(options, keys, "auto")
+            config = this_machine.measured(config, config.processes)
+            steps[name] = step_time(config, describe(config))
     return steps
 
 

@@ -4,7 +4,6 @@ step, so that the optimizer's state is in."""
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
@@ -12,16 +11,13 @@ import torch
 from tests.plan.memory_cases import CASES, GPT, LLAMA, layout
 from tests.ranks import run_ranks
 from tests.support import skewed_tokens, small_config
-from tptrain.config import Config
 from tptrain.data.dataset import Data
 from tptrain.dry_run.tracked import TrackedBytes
 from tptrain.mesh import build_mesh
-from tptrain.pipeline.actions import placement
 from tptrain.plan.activations import Sizes, block_memory
 from tptrain.plan.memory import GPU_MARGIN, rank_memory
-from tptrain.plan.peak import enough_micro_batches, peak_of
-from tptrain.plan.pipeline import describe, schedule_of, stage_layers
-from tptrain.plan.stage_memory import stage_memory
+from tptrain.plan.peak import enough_micro_batches
+from tptrain.plan.pipeline import describe
 from tptrain.trainer import Trainer
 
 LIMIT = 0.05
@@ -72,39 +68,30 @@ def test_the_cases_are_of_every_kind() -> None:
 # ---- what a search asks --------------------------------------------------------------------------------------
 
 
-def searched(config: Config) -> list[int]:
-    ranks = placement(schedule_of(config))
-    stages = [stage_memory(config, *layers) for layers in stage_layers(config, ranks)]
-    return [peak_of(config, stages, ranks, rank).total for rank in range(config.parallel.pp)]
-
-
-@pytest.mark.parametrize("schedule", NAMED)
-@pytest.mark.parametrize(("pp", "micro_batches"), [(2, 1), (2, 3), (4, 4), (4, 7), (4, 8), (4, 31), (8, 50)])
-def test_a_search_finds_the_same_without_the_whole_schedule(schedule: str, pp: int, micro_batches: int) -> None:
-    """Within 2 %: receives may start a little earlier in the whole schedule, and a buffer more be in use."""
-    changes: dict[str, Any] = {"model__num_layers": 16, "parallel__recompute": "selective"}
-    config = small_config(**LLAMA | changes | layout(pp=pp, schedule=schedule, micro_batches=micro_batches))
-    whole = [rank.total for rank in rank_memory(config, describe(config))]
-    assert searched(config) == pytest.approx(whole, rel=0.02)
-
-
-@pytest.mark.parametrize("schedule", NAMED)
+@pytest.mark.parametrize("schedule", [name for name in NAMED if name != "gpipe"])
 @pytest.mark.parametrize("pp", [2, 4, 8])
 def test_memory_does_not_depend_on_how_many_micro_batches_there_are(schedule: str, pp: int) -> None:
-    """From some number on, but for the tokens themselves; with gpipe it grows by the same for each."""
+    """From some number on, but for buffers and the tokens themselves."""
 
     def peaks(micro_batches: int) -> list[int]:
-        config = small_config(**GPT | {"model__num_layers": 16} | layout(pp=pp, schedule=schedule, micro_batches=micro_batches))
+        config = small_config(**LLAMA | {"model__num_layers": 16} | layout(pp=pp, schedule=schedule, micro_batches=micro_batches))
         return [rank.total - rank.buffers for rank in rank_memory(config, describe(config))]
 
-    many, each = 6 * pp, 2 if schedule in ("interleaved", "zb_v") else 1
-    enough = enough_micro_batches(schedule, pp, each, many)
-    assert enough < many
-    if schedule == "gpipe":
-        one, two, three = peaks(enough), peaks(enough + 1), peaks(enough + 2)
-        assert [b - a for a, b in zip(one, two, strict=True)] == [c - b for b, c in zip(two, three, strict=True)]
-    else:
+    for many in (8 * pp, 8 * pp + 1, 10 * pp - 1):
+        enough = enough_micro_batches(schedule, pp, many)
+        assert enough < many
         assert peaks(enough) == pytest.approx(peaks(many), rel=0.01)
+
+
+def test_with_gpipe_each_micro_batch_adds_the_same() -> None:
+    def peaks(micro_batches: int) -> list[int]:
+        config = small_config(**GPT | layout(pp=4, schedule="gpipe", micro_batches=micro_batches))
+        return [rank.activations for rank in rank_memory(config, describe(config))]
+
+    assert enough_micro_batches("gpipe", 4, 100) == 100
+    one, two, three = peaks(8), peaks(9), peaks(10)
+    assert [b - a for a, b in zip(one, two, strict=True)] == [c - b for b, c in zip(two, three, strict=True)]
+    assert all(b > a for a, b in zip(one, two, strict=True))
 
 
 # ---- what is stated -------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_refused_in_one_line(tmp_path: Path) -> None:
         ("parallel.pp=9",): "parallel.pp=9 needs a layer a stage",
         ("parallel.schedule=nope.txt",): "parallel.schedule=nope.txt is no file",
         ("hardware.devices=4",): "train.global_batch_size=null makes the batch follow from the layout",
-        ("hardware.devices=4", "train.global_batch_size=8"): "hardware.memory_bytes=null is unknown",
+        ("hardware=cpu", "hardware.devices=4", "train.global_batch_size=8"): "hardware.memory_bytes=null is unknown",
         ("hardware=h100", "hardware.devices=7", "train.global_batch_size=8"): "hardware.devices=7 has no layout, as",
         ("hardware=h100", "hardware.devices=2", "train.global_batch_size=8", "hardware.memory_bytes=1e6"): "hardware.devices=2 has ",
     }.items():

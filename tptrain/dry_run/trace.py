@@ -14,7 +14,7 @@ import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tptrain.config import Config, refuse
@@ -39,7 +39,7 @@ class TracedRank:
     """Calls and bytes of a step by group and operation."""
     traced: Totals
     planned_peak_bytes: int
-    """Of tensors; the margin for fragments is left out."""
+    """Of tensors, as the kernels of a CPU keep them, which run here whatever the config's device."""
     traced_peak_bytes: int
     seconds: float
     """That the dry run took."""
@@ -69,7 +69,7 @@ def trace(config: Config) -> list[TracedRank]:
         raise refuse("plan.trace_rank", chosen, f"is not below parallel.pp={pp}", f"use 0 to {pp - 1}, or null")
     pp_ranks = range(pp) if chosen is None else [chosen]
     config, pipeline = shortened(config)
-    memory = rank_memory(config, pipeline)
+    memory = rank_memory(replace(config, hardware=replace(config.hardware, device="cpu")), pipeline)
     stride = config.parallel.tp * int(config.parallel.dp)
     context = multiprocessing.get_context("forkserver")  # one import of torch serves all
     context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "tptrain.dry_run.step"])
@@ -82,7 +82,7 @@ def trace(config: Config) -> list[TracedRank]:
     return [
         TracedRank(
             pp_rank * stride, pp_rank, config.parallel.micro_batches, planned_totals(config, pipeline, pp_rank), totals,
-            memory[pp_rank].total - memory[pp_rank].margin, peak, seconds,
+            memory[pp_rank].total, peak, seconds,
         )
         for pp_rank, (totals, peak, seconds) in zip(pp_ranks, counted, strict=True)
     ]  # fmt: skip

@@ -117,9 +117,10 @@ def draw(axes: Axes, timeline: Timeline, scale: float, inches: float, row: float
 
 def _draw_many(axes: Axes, timeline: Timeline, zero: float, scale: float) -> None:
     """A band and one shape a colour for each rank."""
+    whole = duration(timeline) * scale
     for rank, spans in enumerate(timeline):
         row = (rank - _BLOCK / 2, _BLOCK)
-        axes.broken_barh([(0, duration(timeline) * scale)], row, facecolor=GREY, linewidth=0)
+        axes.broken_barh([(0, whole)], row, facecolor=GREY, linewidth=0)
         stages = sorted({span.action.stage for span in spans})
         places: dict[tuple[Kind, int], list[tuple[float, float]]] = defaultdict(list)
         for span in spans:

@@ -27,6 +27,8 @@ class Kind(Enum):
     SEND_GRADIENT = "SB"  # s -> s - 1
     RECEIVE_GRADIENT = "RB"  # s <- s + 1
 
+    __hash__ = object.__hash__  # each is one object; Enum's own hashes the name, in Python, and schedules hash millions
+
 
 COMPUTATIONS = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
 SENDS = (Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT)

@@ -14,10 +14,7 @@ for I alone.
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-
-from tptrain.pipeline.actions import Action, Kind, Schedule, source_of
+from tptrain.pipeline.actions import Action, Kind, Schedule
 from tptrain.pipeline.simulate import Costs
 
 F, I, W = Kind.FORWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT  # noqa: E741
@@ -62,38 +59,48 @@ def zb_v(ranks: int, stages_per_rank: int, micro_batches: int, costs: Costs | No
     assert stages_per_rank == 2
     units = [1] * 2 * ranks
     costs = costs or Costs(units, units, units)
-    legs = [(rank, 2 * ranks - 1 - rank) for rank in range(ranks)]
+    stages = 2 * ranks
+    legs = [(rank, stages - 1 - rank) for rank in range(ranks)]
     schedule: Schedule = [[] for _ in range(ranks)]
-    following: dict[tuple[Kind, int], int] = defaultdict(int)  # by kind and stage: the micro-batch whose turn it is
+    ends: dict[Kind, list[list[float]]] = {kind: [[] for _ in range(stages)] for kind in (F, I, W)}  # of each stage's micro-batches so far
     live, last_turn, free_at = [0] * ranks, [-1] * ranks, [0.0] * ranks
-    ends: dict[Action, float] = {}
     now = 0.0
 
-    def ready(kind: Kind, rank: int, leg: int) -> Action | None:
-        action = Action(kind, legs[rank][leg], following[kind, legs[rank][leg]])
-        if action.micro_batch == micro_batches or (kind is F and live[rank] >= 2 * ranks - 1 + leg):
-            return None
-        own = None if kind is F else action._replace(kind=F if kind is I else I)
-        sources = (source_of(action, 2 * ranks), own)
-        return action if all(source is None or ends.get(source, math.inf) <= now for source in sources) else None
+    def ready(kind: Kind, rank: int, leg: int) -> bool:
+        """Whether the rank can do what comes next of a kind on one of its stages."""
+        stage = legs[rank][leg]
+        m = len(ends[kind][stage])
+        if m == micro_batches or (kind is F and live[rank] >= stages - 1 + leg):
+            return False
+        if kind is not F:
+            own = ends[F if kind is I else I][stage]
+            if m >= len(own) or own[m] > now:
+                return False
+        before = stage - 1 if kind is F else stage + 1 if kind is I else -1
+        if not 0 <= before < stages:
+            return True
+        made = ends[kind][before]
+        return m < len(made) and made[m] <= now
 
-    def choose(rank: int) -> Action | None:
+    def choose(rank: int) -> tuple[Kind, int] | None:
         for turn in range(last_turn[rank] + 1, last_turn[rank] + 1 + len(_TURNS)):
             kind, leg = _TURNS[turn % len(_TURNS)]
-            action = ready(kind, rank, leg)
-            if action is not None:
+            if ready(kind, rank, leg):
                 last_turn[rank] = turn % len(_TURNS)
-                return action
-        return ready(W, rank, 0) or ready(W, rank, 1)
+                return kind, leg
+        return next(((W, leg) for leg in (0, 1) if ready(W, rank, leg)), None)
 
-    while len(ends) < 3 * 2 * ranks * micro_batches:
+    while any(len(actions) < 6 * micro_batches for actions in schedule):
         for rank in range(ranks):
-            action = choose(rank) if free_at[rank] <= now else None
-            if action is not None:
+            chosen = choose(rank) if free_at[rank] <= now else None
+            if chosen is not None:
+                kind, leg = chosen
+                stage = legs[rank][leg]
+                action = Action(kind, stage, len(ends[kind][stage]))
                 schedule[rank].append(action)
-                following[action.kind, action.stage] += 1
-                live[rank] += (action.kind is F) - (action.kind is W)
-                free_at[rank] = ends[action] = now + costs.of(action)
+                live[rank] += (kind is F) - (kind is W)
+                free_at[rank] = now + costs.of(action)
+                ends[kind][stage].append(free_at[rank])
         later = [time for time in free_at if time > now]
         assert later, "no rank can go on"
         now = min(later)

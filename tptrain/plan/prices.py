@@ -24,6 +24,7 @@ from tptrain.plan.layouts import Layout, Layouts
 from tptrain.plan.least_memory import Weights, least_bytes, walked_bytes, weights_of
 from tptrain.plan.links import collective_seconds, group_links
 from tptrain.plan.memory import largest
+from tptrain.plan.peak import enough_micro_batches
 from tptrain.plan.pipeline import PipelinePlan, StagePlan, plan_of, stage_costs, stage_layers
 from tptrain.plan.stage_memory import StageMemory, stage_memory
 from tptrain.plan.stage_time import Clock, StageTime
@@ -126,12 +127,12 @@ class Prices:
 
     def _short(self, layout: Layout, config: Config) -> Schedule:
         """With no more micro-batches than make the memory what it is."""
-        m = enough_micro_batches(layout, config.parallel.micro_batches)
+        m = enough_micro_batches(layout.schedule, layout.pp, config.parallel.micro_batches)
         return self._once(("short", *_made_for(layout), m), lambda: self._schedule(layout, config, m))
 
     def _actions(self, layout: Layout, config: Config) -> Schedule:
         """The same with transfers."""
-        m = enough_micro_batches(layout, config.parallel.micro_batches)
+        m = enough_micro_batches(layout.schedule, layout.pp, config.parallel.micro_batches)
         return self._once(("actions", *_made_for(layout), m), lambda: with_transfers(self._short(layout, config)))
 
     def _stages(self, layout: Layout, config: Config) -> Stages:
@@ -180,11 +181,3 @@ class Prices:
 def _made_for(layout: Layout) -> tuple[Hashable, ...]:
     """What a schedule depends on besides its micro-batches; zb_v heeds what stages cost, of which recomputation is a part."""
     return layout.schedule, layout.pp, layout.stages_per_rank, layout.recompute
-
-
-def enough_micro_batches(layout: Layout, micro_batches: int) -> int:
-    """So many that with more the memory would be no larger, but for the batch's tokens: once every rank has begun its backwards, a
-    schedule repeats itself. gpipe keeps all; interleaved repeats itself where its groups are alike."""
-    if layout.schedule == "gpipe" or (layout.schedule == "interleaved" and micro_batches % layout.pp):
-        return micro_batches
-    return min(micro_batches, 3 * layout.pp if layout.schedule == "interleaved" else 2 * layout.pp + 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,8 +18,8 @@ NAME = "plan.json"
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:
-    """The file's content: what is no finite number is null."""
-    return json.dumps(_finite({"version": VERSION, **content}), indent=1).encode() + b"\n"
+    """The file's content."""
+    return json.dumps({"version": VERSION, **content}, allow_nan=False).encode() + b"\n"
 
 
 def of_forecast(forecast: Forecast) -> dict[str, Any]:
@@ -71,11 +70,3 @@ def of_config(config: Config) -> dict[str, Any]:
     """The layout of a resolved config, and its batch."""
     parallel = config.parallel
     return {**dataclasses.asdict(parallel), "global_batch_size": config.batch_size, "processes": config.processes}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,7 +12,7 @@ from tptrain.plan.forecast import Forecast
 from tptrain.plan.memory import RankMemory
 from tptrain.plan.pipeline import PipelinePlan
 from tptrain.plan.time import StepTime
-from tptrain.plan.units import as_bytes, as_count, as_seconds, percent
+from tptrain.plan.units import as_bytes, as_count, as_days, as_seconds, percent
 
 LABEL = 12
 """Columns of the labels of lines."""
@@ -108,7 +108,7 @@ def time_lines(forecast: Forecast) -> list[tuple[str, str]]:
     return [
         ("step", f"{as_seconds(time.step_seconds)}: {parts}; bubble {percent(time.bubble_fraction)} of the ranks' time"),
         ("speed", f"{time.tokens_per_second:,.0f} tokens/s, {mfu}"),
-        ("training", f"{as_count(training.tokens)} tokens in {training.days:.3g} days{cost}"),
+        ("training", f"{as_count(training.tokens)} tokens in {as_days(training.days)}{cost}"),
     ]
 
 

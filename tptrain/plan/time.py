@@ -3,7 +3,7 @@
     gather dp's weights │ the pipeline's schedule, simulated │ reduce dp's gradients │ sums │ norm, clip, optimizer
                         │ (forward, input and weight gradient: seconds of `stage_time.py`)
 
-`step_time` simulates every action. `estimate` takes the pipeline's time by formula (`closed_form.py`), for a search.
+`step_time` simulates every action. `estimate` takes the pipeline's time by formula (`closed_form.py`), without a schedule.
 Not modelled: data loading, evaluation, checkpoints, and what one rank's device takes longer than another's.
 """
 

@@ -29,6 +29,18 @@ def as_seconds(seconds: float) -> str:
     raise AssertionError
 
 
+def as_days(days: float) -> str:
+    """A training.
+
+    >>> as_days(33.6), as_days(0.25), as_days(0.001)
+    ('33.6 days', '6 hours', '1.44 minutes')
+    """
+    for scale, unit in ((1, "days"), (24, "hours")):
+        if days * scale >= 1:
+            return f"{days * scale:,.3g} {unit}" if days * scale < 999.5 else f"{days * scale:,.0f} {unit}"
+    return f"{days * 1440:.3g} minutes"
+
+
 def as_count(number: float) -> str:
     """Tokens and dollars, short.
 
