@@ -42,6 +42,9 @@ class DataParallel:
             wrapped = cast(FSDPModule, module)
             wrapped.set_force_sum_reduction_for_comms(True)  # gloo can't divide while it reduces
             wrapped.set_gradient_divide_factor(1.0)
+            # Weights stay gathered until they are done with. fully_shard's own guess of what backward needs next, by the order of the
+            # forwards, would in some schedules gather once more what has just been given back; itself is always there.
+            wrapped.set_modules_to_backward_prefetch([wrapped])
             self.modules.append(wrapped)
 
     def before_backward(self, is_last: bool) -> None:
