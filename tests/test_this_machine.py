@@ -72,15 +72,18 @@ def test_one_process_has_no_links(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     assert step_time(filled, describe(filled)).step_seconds > 0
 
 
-def test_the_slowest_rank_and_the_quickest_window_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_lasts_from_the_first_start_to_the_last_end(monkeypatch: pytest.MonkeyPatch) -> None:
     class Pair:
-        """Another rank that takes half as long again."""
+        """Another rank that begins a quarter of a second earlier and ends as much later."""
 
         def wait(self) -> None:
             pass
 
         def largest(self, value: float) -> float:
-            return 1.5 * value
+            return value + 0.25
+
+        def smallest(self, value: float) -> float:
+            return value - 0.25
 
     seconds = iter(range(1000))
     monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(seconds)))

@@ -137,8 +137,8 @@ def _nothing() -> None:
 
 
 def _seconds_each(work: Callable[[], object], device: torch.device, together: Together) -> float:
-    """Seconds of one of many calls, one after another, on the slowest rank; of several windows the shortest, as others may use the machine
-    as well."""
+    """Seconds of one of many calls, one after another, until all ranks are done; of several windows the shortest, as others may use the
+    machine as well."""
     calls = _calls(work, device, together)
     return min(_window(work, calls, device, together) for _ in range(_WINDOWS))
 
@@ -150,14 +150,16 @@ def _calls(work: Callable[[], object], device: torch.device, together: Together)
 
 
 def _window(work: Callable[[], object], calls: int, device: torch.device, together: Together) -> float:
-    """Seconds of a call, on the slowest rank."""
+    """Seconds of a call, from when the first rank begins until the last has ended: ranks that share a core take turns on it, and one that
+    gets it late would by itself seem as fast as if it had it alone. All are on this machine and read one clock."""
     together.wait()
     began = time.perf_counter()
     for _ in range(calls):
         work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return together.largest(time.perf_counter() - began) / calls
+    ended = time.perf_counter()
+    return (together.largest(ended) - together.smallest(began)) / calls
 
 
 def _memory(mesh: Mesh) -> float:
