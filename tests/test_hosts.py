@@ -159,6 +159,20 @@ def test_torchrun_cut_off_for_good(hosts: Hosts, tmp_path: Path) -> None:
     assert all(names_a_peer(job.said(host)) for host in hosts.letters)
 
 
+@pytest.mark.parametrize("killed", ["ranks", "agent"])
+def test_torchrun_loses_part_of_a_host(killed: str, hosts: Hosts, tmp_path: Path) -> None:
+    """Its agent goes with its ranks, and its ranks with their agent; the other host's end too, and nothing trains on."""
+    job = Job(hosts, tmp_path, agents(hosts))
+    job.reach(5)
+    for process in job.ranks("b") if killed == "ranks" else [job.commands["b"].pid]:
+        os.kill(process, signal.SIGKILL)
+    began = time.monotonic()
+    codes = job.finish()
+    assert time.monotonic() - began < LIMIT_SECONDS + 60
+    assert codes == {"a": 1, "b": 1 if killed == "ranks" else -signal.SIGKILL}
+    assert "lost another rank" in job.said("a") or names_a_peer(job.said("a"))
+
+
 def test_torchrun_over_two_hosts(hosts: Hosts, alone: dict[int, float], tmp_path: Path) -> None:
     """The link is cut in mid-step, and healed; later the whole second host is lost."""
 
