@@ -9,7 +9,7 @@ import pytest
 
 from tests.command import FAULTS, command
 from tests.support import SMALL, small_config
-from tptrain import consult, launch
+from tptrain import consult, environment
 from tptrain.config import ConfigError
 
 DOCTOR = ("doctor", *SMALL, "hydra.run.dir=run", "launch.threads_per_rank=1")
@@ -52,7 +52,7 @@ def test_one_rank_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     (tmp_path / "config.yaml").write_text("of a training")
     monkeypatch.setattr("tptrain.doctor.judge.STORE_DISK_BYTES", 0)
     config = small_config(doctor__slow_rank=0.99, data__store_dir=str(tmp_path / "stores"))
-    monkeypatch.setattr(launch, "_set_environment", lambda config, place: None)
+    monkeypatch.setattr(environment, "set_up", lambda config, place: None)
     consult.doctor(config, tmp_path, None)
     found = json.loads((tmp_path / "doctor.json").read_text())
     assert (len(found["ranks"]), found["links"], found["findings"], found["slowest_rank"]) == (1, [], [], None)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tptrain.launch import give_home
+from tptrain.environment import give_home
 
 COLUMNS = 60
 USER = 54321

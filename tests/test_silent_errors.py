@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 UNITS = {
     "bandwidth": ("_bytes_per_second",), "throughput": ("_per_second",), "latency": ("_seconds",), "timeout": ("_seconds",),
-    "flops": ("_per_second", "_per_token"), "memory": ("_bytes",), "duration": ("_seconds",),
+    "flops": ("_per_second", "_per_token"), "memory": ("_bytes", "_bytes_per_second"), "duration": ("_seconds",),
 }  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def fixed_keys(config: Config, given: Sequence[str]) -> dict[str, Any]:
 def _one(config: Config, pipeline: PipelinePlan, run_dir: Path) -> None:
     """One layout."""
     found = forecast(config, pipeline)
-    _say(show.stage_table(found.pipeline), show.memory_table(found.memory), show.traffic_table(found))
+    _say(show.stage_table(found.pipeline), show.memory_table(found.ranks), show.traffic_table(found))
     _tell(show.facts(found))
     sys.stderr.flush()
     sys.stdout.write(show.schedule_file(config, found.pipeline))
@@ -109,7 +109,7 @@ def pictures_of(found: Forecast) -> dict[str, Figure]:
 
     config, parallel = found.config, found.config.parallel
     title = f"{config.model.name}, tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}, {Path(parallel.schedule).stem}"
-    ranks = [show.components(rank) for rank in found.memory]
+    ranks = [show.components(rank) for rank in found.ranks]
     pictures = {"plan_memory.png": draw_plan.memory(ranks, config.hardware.memory_bytes, title)}
     if not isinstance(found.time, str) and found.time.simulation is not None:
         title += f", {parallel.micro_batches} micro-batches"

@@ -53,7 +53,7 @@ def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path, capsys: 
 
 def test_it_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert small_config(train__tensorboard=True).train.tensorboard
-    monkeypatch.setattr("tptrain.config.find_spec", lambda name: None)
+    monkeypatch.setattr("tptrain.config_values.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as error:
         small_config(train__tensorboard=True)
     assert str(error.value) == (

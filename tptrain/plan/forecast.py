@@ -19,8 +19,8 @@ class Forecast:
     config: Config
     """Resolved."""
     pipeline: PipelinePlan
-    memory: list[RankMemory]
-    """Of each pipeline rank."""
+    ranks: list[RankMemory]
+    """What each pipeline rank needs."""
     traffic: list[list[Traffic]]
     """Of each pipeline rank, in one step."""
     links: dict[str, Link] | str
@@ -31,7 +31,7 @@ class Forecast:
     @property
     def fullest(self) -> RankMemory:
         """The pipeline rank that needs most memory."""
-        return max(self.memory, key=lambda rank: rank.total)
+        return max(self.ranks, key=lambda rank: rank.total)
 
     @property
     def missing_bytes(self) -> float | None:

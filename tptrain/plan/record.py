@@ -38,7 +38,7 @@ def of_forecast(forecast: Forecast) -> dict[str, Any]:
         ],
         "memory": [
             {"pp_rank": rank.pp_rank, **{f"{name}_bytes": size for name, size in components(rank).items()}, "total_bytes": rank.total}
-            for rank in forecast.memory
+            for rank in forecast.ranks
         ],
         "missing_bytes": forecast.missing_bytes,
         "communication": [
