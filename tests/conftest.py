@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +14,6 @@ LONGEST = (
 )  # fmt: skip
 """Files that take a minute or so each. They come first, so that none is left for one worker alone in the end, and in turn: one that
 computes beside one that waits."""
-
-
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One more than there are cores: of several starts of ranks at a time one waits for something."""
-    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

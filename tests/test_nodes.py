@@ -443,3 +443,27 @@ def test_a_dead_node_is_left_out_of_the_judgement() -> None:
 def test_without_node_0_a_node_judges_for_itself() -> None:
     _, second = concluding([None, Outcome({2: (1, 3.0)})])
     assert second == ({"exits": [2], "asked": None}, 0, True)
+
+
+def test_what_a_node_said_before_it_left_is_heard() -> None:
+    """Also where it says its last and leaves between the questions for the one and for the other."""
+
+    class Busy:
+        """A store in which node 0 does both as soon as one of its keys has been asked for."""
+
+        def __init__(self) -> None:
+            self.values: dict[str, str] = {}
+
+        def check(self, keys: list[str]) -> bool:
+            there = all(key in self.values for key in keys)
+            self.values = {"says/ready/0": '"all"', "left/0": '{"node": 0, "kind": "failed", "text": "has ended"}'}
+            return there
+
+        def get(self, key: str) -> bytes:
+            return self.values[key].encode()
+
+        def add(self, key: str, amount: int) -> int:
+            return amount
+
+    council = Council(lambda: Busy(), node=1, nodes=2, patience_seconds=10)  # type: ignore[arg-type,return-value]
+    assert council.hear(0, "ready") == "all"

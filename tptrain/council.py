@@ -101,7 +101,8 @@ class Council:
         pulse, seen = self._watch(node, patience)
 
         def ask(store: Store) -> tuple[bytes | None, bytes | None, int]:
-            said, left = (store.get(key) if store.check([key]) else None for key in (f"says/{name}/{node}", f"left/{node}"))
+            # In this order: what a node had to say, it said before it left.
+            left, said = (store.get(key) if store.check([key]) else None for key in (f"left/{node}", f"says/{name}/{node}"))
             return said, left, store.add(f"beat/{node}", 0)
 
         while True:
