@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tptrain.config import Config, ConfigError
 from tptrain.plan.communication import Traffic, step_traffic
-from tptrain.plan.links import Link, collective_seconds, group_links
+from tptrain.plan.links import Link, group_links, group_size, traffic_seconds
 from tptrain.plan.memory import RankMemory, rank_memory
 from tptrain.plan.pipeline import PipelinePlan, describe
 from tptrain.plan.time import StepTime, Training, step_time, training
@@ -46,12 +46,9 @@ class Forecast:
 
     def seconds(self, traffic: Traffic) -> float | None:
         """What these calls take one after another with nothing else going on; None where their link is unknown."""
-        ranks = group_size(self.config, traffic.group)
-        if ranks == 1 or not traffic.calls:
+        if group_size(self.config, traffic.group) == 1 or not traffic.calls:
             return 0.0
-        if isinstance(self.links, str):
-            return None
-        return traffic.calls * collective_seconds(traffic.operation, ranks, traffic.bytes // traffic.calls, self.links[traffic.group])
+        return None if isinstance(self.links, str) else traffic_seconds(self.config, traffic, self.links)
 
 
 def forecast(config: Config, pipeline: PipelinePlan | None = None, time: StepTime | str | None = None) -> Forecast:
@@ -72,10 +69,3 @@ def forecast(config: Config, pipeline: PipelinePlan | None = None, time: StepTim
         except ConfigError as error:
             time = str(error)
     return Forecast(config, pipeline, rank_memory(config, pipeline), traffic, links, time)
-
-
-def group_size(config: Config, group: str) -> int:
-    """Ranks of a group that `Traffic` names."""
-    parallel = config.parallel
-    sizes = {"tp": parallel.tp, "dp": int(parallel.dp), "world": config.processes}
-    return sizes.get(group, min(2, parallel.pp))

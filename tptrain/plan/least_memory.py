@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from tptrain.config import Config
 from tptrain.pipeline.actions import Action, Kind
-from tptrain.plan.memory import GPU_MARGIN
+from tptrain.plan.memory import margin_share
 from tptrain.plan.stage_memory import StageMemory
 
 
@@ -54,7 +54,7 @@ def least_bytes(config: Config, weights: Weights, kept: Sequence[float], extra: 
     for rank, (held, gradients, own) in enumerate(zip(weights.held, weights.gradients, kept, strict=True)):
         live = live_stages(config, weights, rank) * own
         most = max(most, held + max(live + (extra[rank] if extra else 0), live - own + gradients if whole else 0))
-    return most * (1 + GPU_MARGIN * (config.hardware.device != "cpu"))
+    return most * (1 + margin_share(config))
 
 
 def walked_bytes(config: Config, actions: Sequence[Action], stages: Mapping[int, StageMemory]) -> float:
@@ -83,7 +83,7 @@ def walked_bytes(config: Config, actions: Sequence[Action], stages: Mapping[int,
             gradients[number] = stage.gathered_gradients or stage.gradients
         if completing[number] == action:
             weights[number], gradients[number] = 0, stage.gradients
-    return (held + most) * (1 + GPU_MARGIN * (config.hardware.device != "cpu"))
+    return (held + most) * (1 + margin_share(config))
 
 
 def live_stages(config: Config, weights: Weights, rank: int) -> int:

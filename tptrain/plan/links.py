@@ -16,9 +16,11 @@ double binary tree (Sanders, Speck and Träff 2009) has the tree's terms.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tptrain.config import Config, refuse
+from tptrain.plan.communication import Traffic
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,19 @@ def group_links(config: Config) -> dict[str, Link]:
     spans |= {"pp_down": spans["pp_up"], "embedding": (min(2, parallel.pp), parallel.tp * dp * max(1, parallel.pp - 1))}
     spans["world"] = (config.processes, 1)
     return {name: _link(config, ranks, stride, name) for name, (ranks, stride) in spans.items() if ranks > 1}
+
+
+def group_size(config: Config, group: str) -> int:
+    """Ranks that take part in a call over a group that `Traffic` names: of a pipeline the two that send and receive."""
+    parallel = config.parallel
+    sizes = {"tp": parallel.tp, "dp": int(parallel.dp), "world": config.processes}
+    return sizes.get(group, min(2, parallel.pp))
+
+
+def traffic_seconds(config: Config, traffic: Traffic, links: Mapping[str, Link]) -> float:
+    """What calls take one after another with nothing else going on. links: as `group_links` gives them."""
+    size, each = group_size(config, traffic.group), traffic.bytes // traffic.calls
+    return traffic.calls * collective_seconds(traffic.operation, size, each, links[traffic.group])
 
 
 def _link(config: Config, ranks: int, stride: int, group: str) -> Link:

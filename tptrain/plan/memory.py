@@ -77,5 +77,10 @@ def largest(config: Config, stages: Sequence[StageMemory], ranks: Sequence[int],
         activations=worst.activations,
         extra=worst.extra,
         buffers=worst.buffers + batch,
-        margin=round(GPU_MARGIN * tensors) if config.hardware.device != "cpu" else 0,
+        margin=round(margin_share(config) * tensors),
     )
+
+
+def margin_share(config: Config) -> float:
+    """What a rank needs beyond its tensors, as a share of them."""
+    return GPU_MARGIN if config.hardware.device != "cpu" else 0.0

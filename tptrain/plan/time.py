@@ -20,7 +20,7 @@ from tptrain.plan.closed_form import pipeline_seconds, stage_ranks
 from tptrain.plan.communication import Traffic, fully_shard_traffic, message_bytes, once_traffic
 from tptrain.plan.compute import update_work
 from tptrain.plan.kernels import device_of
-from tptrain.plan.links import collective_seconds, group_links
+from tptrain.plan.links import collective_seconds, group_links, traffic_seconds
 from tptrain.plan.parameters import rank_parameters
 from tptrain.plan.pipeline import PipelinePlan, StagePlan, describe, stage_layers
 from tptrain.plan.stage_time import StageTime, stage_times
@@ -181,12 +181,8 @@ class Step:
 
     def _sums_seconds(self, rank: int) -> float:
         """What a rank calls once a step, but for fully_shard's."""
-        sizes = {"tp": self.config.parallel.tp, "dp": int(self.config.parallel.dp), "embedding": 2, "world": self.config.processes}
         stages = PipelinePlan(list(self.stages), [], Costs([], [], []))
-        return sum(
-            each.calls * collective_seconds(each.operation, sizes[each.group], each.bytes // each.calls, self.links[each.group])
-            for each in once_traffic(self.config, stages, rank)
-        )
+        return sum(traffic_seconds(self.config, each, self.links) for each in once_traffic(self.config, stages, rank))
 
 
 def _mfu(config: Config, tokens_per_second: float) -> float | None:
